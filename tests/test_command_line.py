@@ -1,0 +1,258 @@
+"""The command line: what it prints, and one line for each kind of bad input."""
+
+import gzip
+import os
+import re
+import signal
+import struct
+import sys
+import time
+
+import pytest
+from conftest import ARCHIVES, start_script, write_idx
+
+import mnist_cnn
+
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+ROW = re.compile(
+    r"^ +(\d+)  (\d\.\d{6}) +\d+\.\d{4} +\d+\.\d\d % +\d+\.\d{4} +\d+\.\d\d %"
+)
+
+
+def test_a_run_prints_header_rows_and_result(run, small_data):
+    process = run("--data-dir", small_data, "--epochs", 2, "--device", "cpu")
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""  # no bar where there is no terminal
+    lines = process.stdout.splitlines()
+    assert re.match(r"9,798 parameters on cpu \d+ threads", lines[0])
+    assert re.match(r"Python \S+, torch \S+, torchvision \S+", lines[1])
+    rows = [ROW.match(line) for line in lines if ROW.match(line)]
+    assert [row[1] for row in rows] == ["1", "2"]
+    assert "AdaptiveAvgPool2d-24" in process.stdout
+    assert re.search(r"final +\d+\.\d\d % after epoch 2: the result", process.stdout)
+    assert re.search(r"best .*looking at the test images", process.stdout)
+    assert re.search(r"99\.0 .* (never|in epoch)", process.stdout)
+    assert re.search(r"99\.4 .* (never|in epoch)", process.stdout)
+    assert re.search(r"total +\d+\.\d s", process.stdout)
+
+
+def test_a_run_without_torchsummary_works(run, small_data, tmp_path):
+    missing = tmp_path / "missing"
+    missing.mkdir()
+    (missing / "torchsummary.py").write_text("raise ImportError")
+    flags = ["--data-dir", small_data, "--epochs", 1]
+    process = run(*flags, env={"PYTHONPATH": str(missing)})
+    assert process.returncode == 0
+    assert "Conv2d" not in process.stdout
+
+
+def test_a_dry_run_does_one_training_and_one_test_batch(run, small_data):
+    process = run("--data-dir", small_data, "--dry-run")
+    assert process.returncode == 0
+    assert [line[4] for line in process.stdout.splitlines() if ROW.match(line)] == ["1"]
+
+
+def test_a_synthetic_run_needs_no_files_and_says_it_means_nothing(run, tmp_path):
+    process = run("--synthetic", "--dry-run", env=NO_NETWORK)
+    assert process.returncode == 0
+    assert "says nothing about MNIST" in process.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_archives_as_downloaded_are_enough(run, tmp_path, real_mnist):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ARCHIVES:
+        (raw / name).symlink_to((real_mnist / "MNIST" / "raw" / name).resolve())
+    process = run("--dry-run", env=NO_NETWORK)
+    assert process.returncode == 0, process.stderr
+
+
+def test_help_gives_each_flag_with_its_default(run):
+    text = " ".join(run("--help").stdout.split())
+    for flag, default in {
+        "--epochs": 19,
+        "--batch-size": 128,
+        "--test-batch-size": 1000,
+        "--lr": 0.015,
+        "--momentum": 0.9,
+        "--weight-decay": 0.0001,
+        "--dropout": 0.05,
+        "--rotation": 7.0,
+        "--pct-start": 0.2,
+        "--div-factor": 10.0,
+        "--final-div-factor": 100.0,
+        "--seed": 1,
+        "--device": "auto",
+        "--data-dir": "data",
+        "--synthetic": False,
+        "--dry-run": False,
+    }.items():
+        assert re.search(rf"{flag} [^()]*\(default: {default}\)", text), flag
+
+
+@pytest.mark.parametrize(
+    ("flag", "values", "valid"),
+    [
+        ("--epochs", "0 -1 1.5 ten nan", "[1, 100000]"),
+        ("--batch-size", "0 -128 1e3 60001", "[1, 60000]"),
+        ("--test-batch-size", "0 60001", "[1, 60000]"),
+        ("--lr", "0 -0.1 nan inf x", "(0, inf)"),
+        ("--momentum", "1 -0.1 nan", "[0, 1)"),
+        ("--weight-decay", "-1e-9 inf nan", "[0, inf)"),
+        ("--dropout", "1 -0.1 nan", "[0, 1)"),
+        ("--rotation", "180.1 -1 nan inf", "[0, 180]"),
+        ("--pct-start", "1 -0.1 nan", "[0, 1)"),
+        ("--div-factor", "0.9 inf nan", "[1, inf)"),
+        ("--final-div-factor", "0 inf nan", "[1, inf)"),
+        ("--seed", "-1 4294967296 1.0", "[0, 4294967295]"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_valid(flag, values, valid, capsys):
+    for value in values.split():
+        with pytest.raises(SystemExit) as end:
+            mnist_cnn.parse_arguments([f"{flag}={value}"])
+        error = capsys.readouterr().err
+        assert end.value.code == 2
+        assert error.startswith("mnist_cnn.py: error: ")
+        assert error.count("\n") == 1
+        for part in (f"argument {flag}:", f"'{value}'", valid):
+            assert part in error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--rotation=180", "--seed=4294967295", "--batch-size=60000", "--dropout=0"],
+)
+def test_the_ends_of_a_closed_range_are_valid(flags):
+    mnist_cnn.parse_arguments([flags])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps:7", "gpu", ""])
+def test_a_device_that_is_not_there_is_refused(error_of, device):
+    error = error_of(f"--device={device}", status=2)
+    assert f"--device: '{device}'" in error
+    assert "cpu" in error
+
+
+def test_an_unknown_flag_is_refused(error_of):
+    assert "--learning-rate" in error_of("--learning-rate", "1", status=2)
+
+
+def test_an_abbreviated_flag_is_refused(error_of):
+    assert "--epoch" in error_of("--epoch", "1", status=2)
+
+
+def test_no_data_and_no_network_names_folder_files_and_synthetic(error_of, tmp_path):
+    error = error_of("--data-dir", tmp_path / "none", status=1, env=NO_NETWORK)
+    for part in (tmp_path / "none" / "MNIST" / "raw", *ARCHIVES, "--synthetic"):
+        assert str(part) in error
+
+
+def test_a_folder_that_cannot_be_made_is_named(error_of, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    error = error_of("--data-dir", tmp_path / "file", status=1)
+    assert str(tmp_path / "file") in error
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no archive", gzip.compress(b"digits" * 999)[:-20]]
+)
+def test_a_corrupt_archive_is_named(error_of, tmp_path, content):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / ARCHIVES[0]).write_bytes(content)
+    error = error_of("--data-dir", tmp_path / "data", status=1, env=NO_NETWORK)
+    assert f"{raw / ARCHIVES[0]} is damaged" in error
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def change_the_magic_number(path):
+    path.write_bytes(b"\xff" * 4 + path.read_bytes()[4:])
+
+
+@pytest.mark.parametrize("name", [archive[:-3] for archive in ARCHIVES])
+@pytest.mark.parametrize("harm", [truncate, empty, change_the_magic_number])
+def test_a_damaged_idx_file_is_named(name, harm, small_data, capsys):
+    path = small_data / "MNIST" / "raw" / name
+    harm(path)
+    with pytest.raises(SystemExit) as end:
+        mnist_cnn.load_mnist(small_data)
+    error = capsys.readouterr().err
+    assert end.value.code == 1
+    assert f"{path} is damaged" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize("problem", ["size", "count", "label", "none"])
+def test_idx_files_that_are_not_mnist_are_named(
+    tmp_path, small_splits, capsys, split, problem
+):
+    images, labels = (part.clone() for part in small_splits[split])
+    if problem == "size":
+        images = images[:, :27]
+    elif problem == "count":
+        labels = labels[1:]
+    elif problem == "label":
+        labels[7] = 10
+    else:
+        images, labels = images[:0], labels[:0]
+    splits = list(small_splits)
+    splits[split] = images, labels
+    write_idx(tmp_path, splits)
+    with pytest.raises(SystemExit) as end:
+        mnist_cnn.load_mnist(tmp_path)
+    assert end.value.code == 1
+    assert ("train", "t10k")[split] + "-images" in capsys.readouterr().err
+
+
+def start_long_run(small_data, **options):
+    """Start a run of very many epochs and return it after its first one."""
+    flags = ["--data-dir", small_data, "--epochs", 100000]
+    process = start_script(*flags, cwd=small_data, **options)
+    while not ROW.match(process.stdout.readline()):
+        assert process.poll() is None
+    return process
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_stops_at_once_and_says_how_far_it_came(small_data, number, status):
+    with start_long_run(small_data) as process:
+        process.send_signal(getattr(signal, number))
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert re.search(rf"stopped by {number} after \d+ of 100000 epochs", errors)
+    assert errors.count("\n") == 1
+
+
+def test_ctrl_c_while_libraries_load_ends_without_a_traceback(tmp_path):
+    with start_script("--synthetic", cwd=tmp_path) as process:
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_shows_a_bar_with_loss_and_accuracy(small_data):
+    import fcntl
+    import termios
+
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    flags = ["--data-dir", small_data, "--epochs", 1, "--batch-size", 1]
+    with start_script(*flags, cwd=small_data, stderr=terminal) as process:
+        process.communicate(timeout=60)
+    os.set_blocking(controller, False)
+    shown = os.read(controller, 100_000).decode()
+    assert "/600" in shown
+    assert re.search(r"accuracy=\d.*loss=\d|loss=\d.*accuracy=\d", shown)
