@@ -1,0 +1,203 @@
+"""Time the usual MNIST loop against mnist_cnn.py, in one run: python tests/benchmark.py
+
+Each variant lives in a process of its own. They take turns, a block of steps each, so that
+a machine whose speed drifts slows them all alike; the table gives the median block.
+Needs the real MNIST in --data-dir. It is no test: nothing passes or fails here.
+"""
+
+import argparse
+import functools
+import itertools
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision import transforms
+from torchvision.datasets import MNIST
+
+SCRIPT = Path(__file__).resolve().parent.parent / "mnist_cnn.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import mnist_cnn
+
+BATCH_SIZE, IMAGES = 128, 60_000
+MEGAFLOPS = 13.0  # an image, both ways: 6 for each of 2.164 million multiply-adds
+MEGABYTES = (
+    25 * 16
+)  # a step: its activations, 16 MB, in some 25 passes if nothing is fused
+
+
+def usual_loop(args, workers):
+    """Return a function that trains for some steps as tutorials do, image by image."""
+    transform = transforms.Compose(
+        [
+            transforms.RandomRotation(7, transforms.InterpolationMode.BILINEAR),
+            transforms.ToTensor(),
+            transforms.Normalize((mnist_cnn.MEAN,), (mnist_cnn.STD,)),
+        ]
+    )
+    loader = torch.utils.data.DataLoader(
+        MNIST(args.data_dir, transform=transform),
+        batch_size=BATCH_SIZE,
+        shuffle=True,
+        num_workers=workers,
+        pin_memory=args.device.startswith("cuda"),
+    )
+    model = mnist_cnn.Net()
+    model.dropout = torch.nn.Dropout(0.05)
+    model.to(args.device).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.015, 0.9, weight_decay=1e-4)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def run(steps):
+        for pixels, labels in itertools.islice(batches, steps):
+            pixels, labels = pixels.to(args.device), labels.to(args.device)
+            optimizer.zero_grad()
+            output = model(pixels)
+            loss = F.nll_loss(output, labels)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            (output.argmax(dim=1) == labels).sum().item()
+
+    return run
+
+
+def this_script(args, *flags):
+    """Return a function that trains for some steps as the script does with the flags."""
+    flags = mnist_cnn.parse_arguments(["--device", args.device, *flags])
+    training_split, _ = mnist_cnn.load_mnist(args.data_dir)
+    training_split = [part.to(args.device) for part in training_split]
+    model, optimizer, scheduler = mnist_cnn.prepare(flags, IMAGES)
+    epochs = iter(
+        lambda: mnist_cnn.training_batches(*training_split, BATCH_SIZE, 7), None
+    )
+    batches = itertools.chain.from_iterable(epochs)
+
+    def run(steps):
+        with mnist_cnn.tqdm(disable=True) as bar:
+            block = itertools.islice(batches, steps)
+            mnist_cnn.train(model, block, optimizer, scheduler, bar)
+
+    return run
+
+
+VARIANTS = {
+    "usual loop": functools.partial(usual_loop, workers=0),
+    "usual loop, 1 worker": functools.partial(usual_loop, workers=1),
+    "mnist_cnn.py": this_script,
+    "mnist_cnn.py, bf16": lambda args: this_script(args, "--precision", "bf16"),
+}
+
+
+def serve(name, args, connection):
+    """Run blocks of a variant's steps on request; answer with ms a step and peak MB."""
+    torch.manual_seed(1)
+    run = VARIANTS[name](args)
+    run(10)  # the first steps choose algorithms and fill caches
+    connection.send("ready")
+    while steps := connection.recv():
+        start = time.perf_counter()
+        run(steps)  # ends with .item(), so the device has finished too
+        milliseconds = 1000 * (time.perf_counter() - start) / steps
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # MB on Linux
+        if args.device.startswith("cuda"):
+            peak = torch.cuda.max_memory_allocated() / 1e6
+        connection.send((milliseconds, peak))
+
+
+def take_turns(args):
+    """Return for each variant its median ms a step and its peak MB."""
+    context = multiprocessing.get_context("spawn")
+    connections = {}
+    for name in VARIANTS:
+        connections[name], end = context.Pipe()
+        context.Process(target=serve, args=(name, args, end)).start()
+        connections[name].recv()
+    results = {name: [] for name in VARIANTS}
+    for _ in range(args.blocks):
+        for name, connection in connections.items():
+            connection.send(args.steps)
+            results[name].append(connection.recv())
+    for connection in connections.values():
+        connection.send(0)
+    return {
+        name: (statistics.median(ms for ms, _ in blocks), blocks[-1][1])
+        for name, blocks in results.items()
+    }
+
+
+def best_seconds(work, device):
+    """Return the shortest of ten times that the work on the device took, in seconds."""
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def print_floor(device):
+    """Print how long a step's arithmetic and memory traffic would take at full speed."""
+    matrix = torch.randn(2048, 2048, device=device)
+    gigaflops = 2 * 2048**3 / best_seconds(lambda: matrix @ matrix, device) / 1e9
+    block = torch.randn(64_000_000, device=device)
+    copy = torch.empty_like(block)
+    seconds = best_seconds(lambda: copy.copy_(block), device)
+    gigabytes = 2 * block.nbytes / seconds / 1e9
+    arithmetic = MEGAFLOPS * BATCH_SIZE / gigaflops
+    traffic = MEGABYTES / gigabytes
+    print(
+        f"\nFloor of a step here: {arithmetic:.2f} ms of arithmetic (matrix product: "
+        f"{gigaflops:,.0f} GFLOP/s), {traffic:.2f} ms of unfused memory traffic "
+        f"(copy: {gigabytes:,.0f} GB/s)"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--steps", type=int, default=40, help="steps in a block")
+    parser.add_argument("--blocks", type=int, default=7, help="blocks of each variant")
+    args = parser.parse_args()
+    args.device = mnist_cnn.parse_arguments(["--device", args.device]).device
+    name = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    if args.device.startswith("cuda"):
+        name = torch.cuda.get_device_name(args.device)
+    print(
+        f"{args.device}, {name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n"
+    )
+    results = take_turns(args)
+    usual = min(ms for name, (ms, _) in results.items() if name.startswith("usual"))
+    print("| variant | ms a step | s an epoch | images/s | x faster usual | peak MB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, (ms, peak) in results.items():
+        epoch, speed = ms * IMAGES / BATCH_SIZE / 1000, 1000 * BATCH_SIZE / ms
+        numbers = (
+            f"{ms:.2f} | {epoch:.1f} | {speed:,.0f} | {usual / ms:.2f} | {peak:,.0f}"
+        )
+        print(f"| {name} | {numbers} |")
+    command = [sys.executable, str(SCRIPT), "--dry-run", "--device", args.device]
+    start = time.perf_counter()
+    subprocess.run(
+        [*command, "--data-dir", args.data_dir], check=True, capture_output=True
+    )
+    seconds = time.perf_counter() - start
+    print(
+        f"\nFrom process start to the end of one training and one test batch: {seconds:.1f} s"
+    )
+    print_floor(args.device)
+
+
+if __name__ == "__main__":
+    main()
