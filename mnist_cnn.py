@@ -11,15 +11,20 @@ python mnist_cnn.py --synthetic --epochs 1  # is it installed right? needs no do
 
 import argparse
 import ctypes
+import io
+import itertools
+import json
 import math
+import os
 import platform
+import shlex
 import signal
+import statistics
 import sys
 import time
 from collections import namedtuple
-from contextlib import suppress
-from functools import partial
-from itertools import accumulate, islice
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C while the libraries load: end without a traceback
@@ -29,9 +34,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from torch import distributed, nn
 from torchvision.datasets.mnist import MNIST, read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -44,6 +48,8 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels, which lie in [0, 1]
 Epoch = namedtuple(
     "Epoch", "epoch lr train_loss train_accuracy test_loss test_accuracy seconds"
 )
+HEADER = "epoch        lr   train loss  accuracy    test loss  accuracy   seconds"
+ROW = "{seed:6d} {final_accuracy:13.2f} % {best_accuracy:12.2f} % @ {best_epoch:5d} {seconds:9.1f}"
 ROW = "{:5d}  {:8.6f}  {:11.4f}  {:6.2f} %  {:11.4f}  {:6.2f} %  {:8.1f}"
 
 
@@ -55,32 +61,28 @@ def load_mnist(data_dir):
 
     Ends the program with status 1 when that fails, naming the file that is the cause.
     """
-    raw = Path(data_dir, "MNIST", "raw")
+    raw, advice, tensors = (
+        Path(data_dir, "MNIST", "raw"),
+        "delete it to get it anew",
+        [],
+    )
     try:
-        splits = [MNIST(data_dir, train, download=True) for train in (True, False)]
-        splits = [(split.data, split.targets) for split in splits]
-        for name, (images, labels) in zip(("train", "t10k"), splits):
-            if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-                problem = "do not hold a 28x28 image and a digit for each other"
-                raise ValueError(f"{name}-images* and {name}-labels* {problem}")
-    except Exception as error:  # noqa: BLE001 - torchvision lets all through, asserts too
-        files = ", ".join(name for name, _ in MNIST.resources)
-        cause = f"cannot load MNIST from {raw}: {damaged_file(raw) or error}"
-        fail(f"{cause}; put {files} there, or use --synthetic")
-    return splits
-
-
-def damaged_file(raw):
-    """Return which of the four files in the folder is damaged and how, if one is."""
-    for name, md5 in MNIST.resources:
-        archive, path = raw / name, (raw / name).with_suffix("")
+        MNIST(data_dir, download=True)
+    except Exception as error:  # noqa: BLE001 - it lets everything through, asserts too
+        archives = ", ".join(name for name, _ in MNIST.resources)
+        advice = f"{error}; put {archives} into {raw} or use --synthetic"
+    for name, _ in MNIST.resources:
+        path = (raw / name).with_suffix("")
         try:
-            if path.exists():
-                read_image_file(path) if "images" in name else read_label_file(path)
-            elif archive.exists() and not check_integrity(archive, md5):
-                return f"{archive} is damaged (wrong MD5 sum), delete it"
+            read = read_image_file if "images" in name else read_label_file
+            tensors.append(read(path))
         except Exception as error:  # noqa: BLE001 - the same
-            return f"{path} is damaged ({error!r}), delete it"
+            fail(f"cannot read {path} ({error or type(error).__name__}): {advice}")
+        if "labels" in name:
+            images, labels = tensors[-2:]
+            if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+                fail(f"{path} has no digit, 0 to 9, for each 28x28 image beside it")
+    return tensors[:2], tensors[2:]
 
 
 def synthetic_digits(count, seed):
@@ -127,8 +129,7 @@ def training_batches(images, labels, batch_size, rotation):
     """Yield each image once, in a fresh random order, each turned by its own angle.
 
     A batch is (B, 1, 28, 28), normalised, with its labels (B,); the last may be shorter.
-    It takes a few operations on the device for all B images, where torchvision's
-    transforms would take the CPU about 0.1 ms for each.
+    It takes a few operations on the device for all images at once.
     """
     device = images.device
     for index in torch.randperm(len(images), device=device).split(batch_size):
@@ -242,7 +243,7 @@ def make_model(dropout, device, precision="fp32"):
 # ---- Training and testing ----
 
 
-def train(model, batches, optimizer, scheduler, bar):
+def train(model, optimizer, scheduler, batches, bar):
     """Train for one epoch; return the mean loss and the accuracy in % on the way."""
     model.train()
     seen, loss_sum, hits = 0, 0, 0  # the last two stay on the device
@@ -262,17 +263,21 @@ def train(model, batches, optimizer, scheduler, bar):
 
 
 @torch.no_grad()
-def test(model, images, labels, batch_size):
-    """Return the mean loss and the accuracy in % on a split."""
+def predict(model, images, batch_size):
+    """Return the log-probabilities (N, 10) of the digits in uint8 images (N, 28, 28)."""
     model.eval()
     batches = images.unsqueeze(1).split(batch_size)
-    output = torch.cat([model(normalise(batch)) for batch in batches])
+    return torch.cat([model(normalise(batch)) for batch in batches])
+
+
+def score(output, labels):
+    """Return the mean loss and the accuracy in % of log-probabilities (N, 10)."""
     hits = (output.argmax(dim=1) == labels).sum()
     return F.nll_loss(output, labels).item(), 100 * hits.item() / len(labels)
 
 
 def prepare(args, images):
-    """Return a new model, its optimizer and its schedule for a training set of that size."""
+    """Return a new model, its optimizer and its schedule for so many training images."""
     torch.manual_seed(args.seed)
     model = make_model(args.dropout, args.device, args.precision)
     optimizer = torch.optim.SGD(
@@ -289,75 +294,224 @@ def prepare(args, images):
         final_div_factor=args.final_div_factor,
         cycle_momentum=False,
     )
-    return model, optimizer, scheduler
+    return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
 
-def fit(args, training_split, test_split, history):
-    """Train a new model as the flags say and return it; add a row an epoch to history.
+def fit(args, training_split, test_split, history, folder=None):
+    """Train one model as the flags say and return it.
 
-    Ends the program with status 1 when the loss is no longer finite.
+    Appends an ``Epoch`` to ``history`` for each. Starts from the checkpoint in the folder
+    when there is one and leaves one there after every epoch. Ends the program with status
+    1 when the loss is no longer finite.
     """
-    model, optimizer, scheduler = prepare(args, len(training_split[0]))
+    parts = prepare(args, len(training_split[0]))
+    if folder and (checkpoint := folder / "checkpoint.pt").exists():
+        with reading(checkpoint):
+            restore(args, parts, history, load(checkpoint))
+    print("\n".join([HEADER, *(ROW.format(*row) for row in history)]))
     steps = math.ceil(len(training_split[0]) / args.batch_size)
-    print("epoch        lr   train loss  accuracy    test loss  accuracy   seconds")
-    for epoch in range(1, args.epochs + 1):
+    quiet = True if os.environ.get("RANK", "0") != "0" else None  # None: no terminal
+    for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
         batches = training_batches(*training_split, args.batch_size, args.rotation)
-        if args.dry_run:
-            batches, steps = islice(batches, 1), 1
-            test_split = [part[: args.test_batch_size] for part in test_split]
-        # disable=None: no bar where stderr is no terminal
-        bar = tqdm(total=steps, mininterval=0.25, leave=False, disable=None)
-        with bar:
-            trained = train(model, batches, optimizer, scheduler, bar)
-        tested = test(model, *test_split, args.test_batch_size)
+        with tqdm(total=steps, mininterval=0.25, leave=False, disable=quiet) as bar:
+            trained = train(**parts, batches=batches, bar=bar)
+        output = predict(parts["model"], test_split[0], args.test_batch_size)
+        tested = score(output, test_split[1])
         if not math.isfinite(trained[0] + tested[0]):
-            fail(
-                f"the loss is not finite in epoch {epoch}: try a lower --lr than {args.lr}"
-            )
-        seconds = time.perf_counter() - start
-        row = Epoch(epoch, scheduler.get_last_lr()[0], *trained, *tested, seconds)
-        print(ROW.format(*row), flush=True)
-        history.append(row)
-        if args.dry_run:
-            break
-    return model
+            fail(f"loss not finite in epoch {epoch}: try a lower --lr than {args.lr}")
+        lr, seconds = parts["scheduler"].get_last_lr()[0], time.perf_counter() - start
+        history.append(Epoch(epoch, lr, *trained, *tested, seconds))
+        print(ROW.format(*history[-1]), flush=True)
+        if folder:
+            save_epoch(args, parts, history, folder)
+    return parts["model"]
 
 
-def print_result(history):
-    """Print the final and the best accuracy and how soon 99.0 and 99.4 % were reached."""
+# ---- What a run leaves behind ----
+
+
+def write(path, content):
+    """Write a .pt, .json, .png or text file in one step, so that it is never half there.
+
+    The new file takes the old one's name only when it is safe on the disk.
+    """
+    data, unfinished = io.BytesIO(), Path(f"{path}.new")
+    if path.suffix == ".pt":
+        torch.save(content, data)
+    elif path.suffix == ".png":
+        content.savefig(data, format="png")
+    else:
+        text = json.dumps(content, indent=2) if path.suffix == ".json" else content
+        data.write(f"{text}\n".encode())
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(unfinished, "wb") as file:
+            file.write(data.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        fail(f"cannot write {path}: {error.strerror}; then go on with --resume")
+
+
+@contextmanager
+def reading(path):
+    """Turn whatever goes wrong while a file is read and used into one line that names it."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - a foreign file can fail in any way
+        fail(f"cannot use {path}: {type(error).__name__}: {str(error)[:200]}")
+
+
+def load(path):
+    """Return the tensors of a file. Code in it is refused, not run: ``weights_only``."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def flags_of(args):
+    """Return the flags that decide what a run computes."""
+    free = ("data_dir", "out", "resume", "evaluate", "dry_run")
+    return {flag: value for flag, value in vars(args).items() if flag not in free}
+
+
+def generators(device):
+    """Return the modules that hold the random states in use."""
+    return [torch.random] + [torch.get_device_module(device)] * (device != "cpu")
+
+
+def save_epoch(args, parts, history, folder):
+    """Write metrics.csv, best.pt after the best epoch so far, and last checkpoint.pt."""
+    rows = [",".join(map(str, row)) for row in (Epoch._fields, *history)]
+    write(folder / "metrics.csv", "\n".join(rows))
+    *earlier, latest = (row.test_accuracy for row in history)
+    if latest > max(earlier, default=-1):
+        write(folder / "best.pt", parts["model"].state_dict())
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state["random"] = [module.get_rng_state() for module in generators(args.device)]
+    state["history"] = [tuple(row) for row in history]
+    write(folder / "checkpoint.pt", {**state, "flags": flags_of(args)})
+
+
+def restore(args, parts, history, state):
+    """Put everything back as ``save_epoch`` found it."""
+    if state["flags"] != flags_of(args):
+        raise ValueError("it is from a run with other flags")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    for module, random in zip(generators(args.device), state["random"]):
+        module.set_rng_state(random)
+    history.extend(Epoch(*row) for row in state["history"])
+
+
+def result_of(seed, history):
+    """Return what result.json says of one run: accuracies in %, times in seconds."""
     final, best = history[-1], max(history, key=lambda row: row.test_accuracy)
-    print(f"final {final.test_accuracy:.2f} % after epoch {final.epoch}: the result")
-    print(
-        f"best  {best.test_accuracy:.2f} % after epoch {best.epoch}: "
-        "picked by looking at the test images, so no result"
-    )
-    elapsed = list(accumulate(row.seconds for row in history))
+    result = {"seed": seed, "n": 1, "final_accuracy": final.test_accuracy}
+    result |= {"final_loss": final.test_loss, "epochs": final.epoch}
+    result |= {"best_accuracy": best.test_accuracy, "best_epoch": best.epoch}
+    elapsed = list(itertools.accumulate(row.seconds for row in history))
     for goal in (99.0, 99.4):
-        at = [i for i, row in enumerate(history) if row.test_accuracy >= goal][:1]
-        when = [f"in epoch {i + 1}, after {elapsed[i]:.1f} s" for i in at]
-        print(f"{goal}  first reached {''.join(when) or 'never'}")
-    print(f"total {elapsed[-1]:.1f} s")
+        epochs = [row.epoch for row in history if row.test_accuracy >= goal]
+        result[f"epochs_to_{goal}"] = epochs[0] if epochs else None
+        result[f"seconds_to_{goal}"] = elapsed[epochs[0] - 1] if epochs else None
+    return {**result, "seconds": elapsed[-1]}
+
+
+def statistics_of(results, outputs, labels):
+    """Return the statistics of several runs' final accuracy, in %.
+
+    ``outputs`` are their log-probabilities (N, 10) of the test images; the mean of the
+    probabilities makes one classifier of all the models.
+    """
+    finals = [result["final_accuracy"] for result in results]
+    deviation = statistics.stdev(finals)
+    interval = student_t(len(finals) - 1) * deviation / len(finals) ** 0.5
+    total = {"n": len(finals), "final_accuracy": statistics.mean(finals)}
+    total |= {"interval_95": interval, "standard_deviation": deviation}
+    _, averaged = score(torch.stack(outputs).logsumexp(dim=0), labels)
+    return {**total, "models_averaged_accuracy": averaged, "runs": results}
+
+
+def show(result):
+    """Print a result, a line for each number, after a table of its runs if it has some."""
+    for run in result.get("runs", []):
+        print("seed {seed:6d}  final {final_accuracy:6.2f} %".format(**run), end="  ")
+        print("best {best_accuracy:6.2f} % @ {best_epoch:3d}".format(**run), end="  ")
+        print("{seconds:8.1f} s".format(**run))
+    for name, value in result.items():
+        if name != "runs":
+            text = f"{value:.4f}" if isinstance(value, float) else value
+            print(f"{name.replace('_', ' '):26}{text}", flush=True)
+
+
+def student_t(freedom):
+    """Return the two-sided 95 % point of Student's t distribution.
+
+    With t = sqrt(freedom) tan(angle) its density is proportional to cos(angle)^(freedom-1).
+    """
+    angle = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
+    index = torch.searchsorted(mass, 0.95 * mass[-1])
+    return freedom**0.5 * angle[index + 1].tan().item()
+
+
+def draw_report(path, history, images, labels, output):
+    """Draw the curves of a run, if there are any, its confusions and its worst mistakes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 10 if history else 6), layout="constrained")
+    panels = figure.subfigures(2 if history else 1, 1, squeeze=False)[:, 0]
+    if history:
+        epoch, rate, train_loss, train_hits, test_loss, test_hits, _ = zip(*history)
+        axes = panels[0].subplots(1, 3)
+        axes[0].semilogy(epoch, train_loss, ".-", epoch, test_loss, ".-")
+        axes[1].plot(epoch, train_hits, ".-", epoch, test_hits, ".-")
+        axes[2].plot(epoch, rate, ".-")
+        late = train_hits[len(epoch) // 4 :] + test_hits[len(epoch) // 4 :]
+        axes[1].set_ylim(min(late) - 0.1, max(late) + 0.1)
+        for axis, title in zip(axes, ("loss", "accuracy in %", "learning rate")):
+            axis.set(title=title, xlabel="epoch")
+        axes[0].legend(["training (augmented)", "test"])
+    left, right = panels[-1].subfigures(1, 2)
+    guess = output.argmax(dim=1)
+    counts = torch.bincount(labels * 10 + guess, minlength=100).view(10, 10).cpu()
+    axis = left.subplots()
+    mistakes = counts - counts.diag().diag()
+    axis.imshow(mistakes, cmap="Oranges", vmax=2 * max(1, mistakes.max()))
+    axis.set(xlabel="predicted digit", ylabel="true digit", title="confusion matrix")
+    axis.set(xticks=range(10), yticks=range(10))
+    for true, predicted in counts.nonzero().tolist():
+        number = counts[true, predicted].item()
+        axis.text(predicted, true, number, ha="center", va="center", fontsize=8)
+    wrong = (guess != labels).nonzero().flatten()
+    wrong = wrong[output[wrong, guess[wrong]].argsort(descending=True)]
+    right.suptitle("the most confident mistakes: true as predicted, probability")
+    for axis, index in zip(right.subplots(3, 4).flat, wrong.tolist()):
+        axis.imshow(images[index].cpu(), cmap="gray_r")
+        sure = output[index].max().exp().item()
+        axis.set_title(f"{labels[index]} as {guess[index]}, {sure:.0%}", fontsize=10)
+    for axis in right.axes:
+        axis.axis("off")
+    write(path, figure)
 
 
 # ---- Command line ----
 
 
-def number(interval, kind=float):
-    """Return an argparse type: a number inside the interval, such as "[0, 1)"."""
-    low, high = map(float, interval[1:-1].split(","))
+def number(low, high, kind=float):
+    """Return an argparse type: a number from low to high."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        at_low = value == low and interval[0] == "["
-        at_high = value == high and interval[-1] == "]"
-        if low < value < high or at_low or at_high:
-            return value
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
         noun = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} in {interval}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a {noun} from {low} to {high}"
+        )
 
     return parse
 
@@ -371,42 +525,55 @@ def parse_arguments(arguments=None):
     )
     parser.error = lambda message: fail(f"{message} (see --help)", status=2)
 
-    def add(flag, default, valid, text):
-        parser.add_argument(flag, default=default, type=valid, help=text, metavar="X")
+    def add(flag, default, valid, text, **more):
+        more = {"metavar": "X", **more}
+        parser.add_argument(flag, default=default, type=valid, help=text, **more)
 
-    count, size = number("[1, 100000]", int), number("[1, 60000]", int)
+    count, size = number(1, 100_000, int), number(1, 60_000, int)
     add("--epochs", 19, count, "passes over the training images")
     add("--batch-size", 128, size, "images in a training batch")
     add("--test-batch-size", 1000, size, "images in a test batch")
-    add("--lr", 0.015, number("(0, inf)"), "maximum learning rate, see OneCycleLR")
-    add("--momentum", 0.9, number("[0, 1)"), "momentum of SGD, the same throughout")
-    add("--weight-decay", 1e-4, number("[0, inf)"), "L2 penalty on every parameter")
-    add("--dropout", 0.05, number("[0, 1)"), "probability of dropping an activation")
-    add("--rotation", 7.0, number("[0, 180]"), "largest random turn, in degrees")
-    add("--pct-start", 0.2, number("[0, 1)"), "fraction of the run in which lr rises")
-    add("--div-factor", 10.0, number("[1, inf)"), "maximum lr / lr at the start")
-    add("--final-div-factor", 100.0, number("[1, inf)"), "lr at start / lr at the end")
-    add("--seed", 1, number("[0, 4294967295]", int), "fixes all random numbers")
+    add("--lr", 0.015, number(1e-9, 1e9), "maximum learning rate, see OneCycleLR")
+    add("--momentum", 0.9, number(0, 0.9999), "momentum of SGD, the same throughout")
+    add("--weight-decay", 1e-4, number(0, 1e9), "L2 penalty on every parameter")
+    add("--dropout", 0.05, number(0, 0.99), "probability of dropping an activation")
+    add("--rotation", 7.0, number(0, 180), "largest random turn, in degrees")
+    add("--pct-start", 0.2, number(0, 0.99), "fraction of the run in which lr rises")
+    add("--div-factor", 10.0, number(1, 1e9), "maximum lr / lr at the start")
+    add("--final-div-factor", 100.0, number(1, 1e9), "lr at start / lr at the end")
+    add("--seed", 1, number(0, 2**32 - 1, int), "fixes all random numbers")
+    add("--runs", 1, count, "models to train, with seeds from --seed upwards")
     add("--device", "auto", str, "cuda, cuda:N, mps, cpu; auto: the first there is")
+    add("--precision", "fp32", str, "of the arithmetic", choices=["fp32", "bf16"])
     add("--data-dir", "data", str, "folder with MNIST/raw, or to download it to")
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="of the arithmetic; bf16 is faster where the hardware has it",
-    )
-    switch = partial(parser.add_argument, action="store_true")
-    switch("--synthetic", help="train on digits rendered here, with no download")
-    switch("--dry-run", help="do one training and one test batch and stop")
-    args = parser.parse_args(arguments)
-    available = ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if torch.cuda.is_available():
-        numbered = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        available = ["cuda", *numbered, *available]
+    add("--out", None, str, "new folder for what the run leaves; else runs/<now>")
+    add("--resume", None, str, "folder of a stopped run to go on with, flags and all")
+    add("--evaluate", None, str, "file of weights to test, without training")
+    for flag, text in {
+        "--synthetic": "train on digits rendered here, with no download",
+        "--dry-run": "do one training and one test batch and stop",
+    }.items():
+        parser.add_argument(flag, action="store_true", help=text)
+    defaults = vars(parser.parse_args([]))
+    unset = argparse.Namespace(**dict.fromkeys(defaults))  # shows which flags are given
+    given = vars(parser.parse_args(arguments, unset)).items()
+    given = {flag: value for flag, value in given if value is not None}
+    saved = {}
+    if "resume" in given:
+        config = Path(given["resume"], "config.json")
+        with reading(config):
+            saved = dict(json.loads(config.read_text())["flags"])
+        for flag in sorted(given.keys() - {"resume", "data_dir"}):
+            if given[flag] != saved.get(flag):
+                name = f"--{flag.replace('_', '-')} {given[flag]}"
+                parser.error(f"{name} contradicts {saved.get(flag)} in {config}")
+    args = argparse.Namespace(**{**defaults, **saved, **given})
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    available = [*["cuda"][: len(cuda)], *["mps"][: torch.mps.device_count()], "cpu"]
     if args.device == "auto":
         args.device = available[0]
-    if args.device not in available:
-        here = ", ".join(available)
+    if args.device not in available + cuda:
+        here = ", ".join(available + cuda)
         parser.error(f"argument --device: {args.device!r} is not here, there is {here}")
     return args
 
@@ -417,46 +584,150 @@ def fail(message, status=1):
     sys.exit(status)
 
 
-def interrupt(signal_number, frame):
-    raise KeyboardInterrupt(signal_number)
-
-
 def print_header(device):
-    """Print what runs where and, when torchsummary is installed, the layers."""
-    model = Net()
-    count = sum(weight.numel() for weight in model.parameters())
-    detail = f"{torch.get_num_threads()} threads" if device == "cpu" else ""
+    """Print what runs where and, if torchsummary is installed, the layers; return where."""
+    where = f"{device}, {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
-        detail = torch.cuda.get_device_name(device)
-    print(f"{count:,} parameters on {device} {detail}".rstrip())
+        where = f"{device}, {torch.cuda.get_device_name(device)}"
     libraries = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-    print(f"Python {platform.python_version()}, {libraries}")
+    versions = f"Python {platform.python_version()}, {libraries}"
+    parameters = sum(weight.numel() for weight in Net().parameters())
+    print(f"{parameters:,} parameters on {where}, {versions}")
     if summary:
         # It trains what it is shown: BatchNorm's averages move, random numbers are drawn.
-        # So it gets a network of its own, and fit() sets the seed afterwards.
-        summary(model, (1, 28, 28), device="cpu")
+        # So it gets a network of its own, and prepare() sets the seed afterwards.
+        summary(Net(), (1, 28, 28), device="cpu")
+    return {"device": where, "versions": versions}
+
+
+def load_splits(args):
+    """Return the training and the test split on the device."""
+    if args.synthetic:
+        print("Synthetic digits: accuracy on them says nothing about MNIST.")
+        splits = synthetic_digits(60000, seed=0), synthetic_digits(10000, seed=1)
+    else:
+        splits = load_mnist(args.data_dir)
+    if args.dry_run:
+        args.epochs, sizes = 1, (args.batch_size, args.test_batch_size)
+        splits = [[part[:size] for part in split] for split, size in zip(splits, sizes)]
+    return [[part.to(args.device) for part in split] for split in splits]
+
+
+def make_folder(args, where):
+    """Return a folder that no other run has, with the run's config.json."""
+    folder = Path(args.out or time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}"))
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        fail(f"{folder} is there already: name a new one with --out, or --resume it")
+    except OSError as error:
+        fail(f"cannot make the folder {folder}: {error.strerror}")
+    flags = {**flags_of(args), "data_dir": args.data_dir}
+    command = shlex.join(sys.argv)
+    write(folder / "config.json", {"flags": flags, "command": command, **where})
+    return folder
+
+
+def evaluate(args, folder, images, labels):
+    """Test a file of weights: show and write how good they are, digit by digit."""
+    model = make_model(0, args.device, args.precision)
+    with reading(args.evaluate):
+        model.load_state_dict(load(args.evaluate))
+    output = predict(model, images, args.test_batch_size)
+    loss, accuracy = score(output, labels)
+    result = {"weights": args.evaluate, "accuracy": accuracy, "loss": loss}
+    for digit in labels.unique().tolist():
+        mine = labels == digit
+        result[f"accuracy_of_{digit}"] = score(output[mine], labels[mine])[1]
+    show(result)
+    draw_report(folder / "report.png", [], images, labels, output)
+    write(folder / "result.json", result)
+
+
+def run_seed(args, splits, history, folder):
+    """Train one model unless it is finished; return its result and its test output."""
+    images, labels = splits[1]
+    if finished := folder and (folder / "result.json").exists():
+        model = make_model(0, args.device, args.precision)
+        with reading(folder):
+            model.load_state_dict(load(folder / "final.pt"))
+            result = json.loads((folder / "result.json").read_text())
+    else:
+        model = fit(args, *splits, history, folder)
+        result = result_of(args.seed, history)
+    show(result)
+    print("final is the result: best was picked by looking at the test images")
+    output = predict(model, images, args.test_batch_size)
+    if folder and not finished:
+        write(folder / "final.pt", model.state_dict())
+        draw_report(folder / "report.png", history, images, labels, output)
+        write(folder / "result.json", result)
+    return result, output.cpu()
+
+
+def join_torchrun(device):
+    """Return the rank of this process and their number: 0 and 1 without torchrun."""
+    if not distributed.is_torchelastic_launched():
+        return 0, 1
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if distributed.get_rank() > 0:  # rank 0 speaks for all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def main():
     args = parse_arguments()
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, interrupt)
+    folder, seed, history = None, args.seed, []
+
+    def stop(number, frame):
+        done = f"after {len(history)} of {args.epochs} epochs of seed {seed}"
+        resume = (
+            f"; go on with: python {sys.argv[0]} --resume {folder}" if folder else ""
+        )
+        fail(f"stopped by {signal.Signals(number).name} {done}{resume}", 128 + number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     torch.backends.cudnn.deterministic = True  # else the same seed could differ
-    history = []
-    try:
-        print_header(args.device)
-        if args.synthetic:
-            print("Synthetic digits: accuracy on them says nothing about MNIST.")
-            splits = synthetic_digits(60000, seed=0), synthetic_digits(10000, seed=1)
-        else:
-            splits = load_mnist(args.data_dir)
-        splits = [[part.to(args.device) for part in split] for split in splits]
-        fit(args, *splits, history)
-    except KeyboardInterrupt as stop:
-        name = signal.Signals(stop.args[0]).name
-        done = f"{len(history)} of {args.epochs} epochs"
-        fail(f"stopped by {name} after {done}", status=128 + stop.args[0])
-    print_result(history)
+    rank, ranks = join_torchrun(args.device)
+    where = print_header(args.device)
+    if rank == 0:
+        splits = load_splits(args)
+        folder = Path(args.resume) if args.resume else None
+        if not (args.resume or args.dry_run):
+            folder = make_folder(args, where)
+    if ranks > 1:
+        shared = [folder]
+        distributed.broadcast_object_list(shared)
+        folder = shared[0]
+    if rank > 0:  # now that rank 0 has downloaded and unpacked the files
+        splits = load_splits(args)
+    if args.evaluate:
+        return evaluate(args, folder, *splits[1])
+    outcomes = []
+    for seed in range(args.seed, args.seed + args.runs)[rank::ranks]:
+        history = []
+        seed_args = argparse.Namespace(**{**vars(args), "seed": seed})
+        seed_folder = folder / f"seed-{seed}" if folder and args.runs > 1 else folder
+        outcomes.append(run_seed(seed_args, splits, history, seed_folder))
+    if ranks > 1:
+        gathered = [None] * ranks
+        distributed.all_gather_object(gathered, outcomes)
+        outcomes = sorted(itertools.chain(*gathered), key=lambda pair: pair[0]["seed"])
+    if rank == 0 and args.runs > 1:
+        total = statistics_of(*zip(*outcomes), splits[1][1].cpu())
+        show(total)
+        print(
+            "{final_accuracy:.3f} ± {interval_95:.3f} %, n = {n}".format(**total),
+            end="",
+        )
+        print(": the line to quote, mean and 95 % interval of the final accuracy")
+        if folder:
+            write(folder / "result.json", total)
+    if folder:
+        print(f"see {folder}")
 
 
 if __name__ == "__main__":
