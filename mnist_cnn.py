@@ -1,12 +1,20 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "tqdm>=4.66", "torchsummary>=1.5.1"]
+# dependencies = [
+#     "torch>=2.6", "torchvision>=0.21", "tqdm>=4.66.1", "torchsummary>=1.5.1",
+#     "matplotlib>=3.8",
+# ]
 # ///
 """Train a 9,798-parameter convolutional network with global average pooling on MNIST.
 
-python mnist_cnn.py                         # the reference run: 19 epochs
-python mnist_cnn.py --lr 0.05 --seed 2      # an experiment: every number is a flag
-python mnist_cnn.py --synthetic --epochs 1  # is it installed right? needs no download
+    python mnist_cnn.py                         # the reference run: 19 epochs
+    python mnist_cnn.py --lr 0.05 --runs 5      # is that better? mean and interval
+    python mnist_cnn.py --resume runs/NAME      # go on where a stopped run was
+    python mnist_cnn.py --evaluate runs/NAME/final.pt
+    python mnist_cnn.py --synthetic --epochs 1  # is it installed right? no download
+
+Final test accuracy 99.33 ± 0.13 % (mean and 95 % interval, n = 5 seeds), the
+reference recipe in fp32 on two cores of an AMD EPYC (Zen 5). Not yet run on a GPU.
 """
 
 import argparse
@@ -22,6 +30,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -49,7 +58,6 @@ Epoch = namedtuple(
     "Epoch", "epoch lr train_loss train_accuracy test_loss test_accuracy seconds"
 )
 HEADER = "epoch        lr   train loss  accuracy    test loss  accuracy   seconds"
-ROW = "{seed:6d} {final_accuracy:13.2f} % {best_accuracy:12.2f} % @ {best_epoch:5d} {seconds:9.1f}"
 ROW = "{:5d}  {:8.6f}  {:11.4f}  {:6.2f} %  {:11.4f}  {:6.2f} %  {:8.1f}"
 
 
@@ -61,11 +69,8 @@ def load_mnist(data_dir):
 
     Ends the program with status 1 when that fails, naming the file that is the cause.
     """
-    raw, advice, tensors = (
-        Path(data_dir, "MNIST", "raw"),
-        "delete it to get it anew",
-        [],
-    )
+    raw, advice = Path(data_dir, "MNIST", "raw"), "delete it to get it anew"
+    tensors = []
     try:
         MNIST(data_dir, download=True)
     except Exception as error:  # noqa: BLE001 - it lets everything through, asserts too
@@ -99,9 +104,8 @@ def synthetic_digits(count, seed):
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=random)
     matrices = rotation_matrices(torch.randn(count, generator=random) * 10)
-    matrices += (
-        torch.randn(matrices.shape, generator=random) / 10
-    )  # scale, shear, shift
+    # Scale, shear and shift a little too.
+    matrices += torch.randn(matrices.shape, generator=random) / 10
     pieces = zip(labels.split(5000), matrices.split(5000))  # 0.6 GB if done at once
     images = [warp(glyphs[label], matrix).byte() for label, matrix in pieces]
     return torch.cat(images).squeeze(1), labels
@@ -202,7 +206,10 @@ class SparseDropout(torch.autograd.Function):
         gaps = torch.rand(enough).neg_().log1p_().div_(math.log1p(-p)).long()
         dropped = (gaps + 1).cumsum(0) - 1
         context.dropped = dropped[: int(torch.searchsorted(dropped, x.numel()))]
-        context.scale, context.layout = 1 / (1 - p), (x.shape, x.stride())
+        context.scale, context.layout = (
+            1 / (1 - p),
+            (x.shape, torch.empty_like(x).stride()),
+        )
         return SparseDropout.drop(context, x)
 
     @staticmethod
@@ -298,11 +305,10 @@ def prepare(args, images):
 
 
 def fit(args, training_split, test_split, history, folder=None):
-    """Train one model as the flags say and return it.
+    """Train one model, from the folder's checkpoint if there is one, and return it.
 
-    Appends an ``Epoch`` to ``history`` for each. Starts from the checkpoint in the folder
-    when there is one and leaves one there after every epoch. Ends the program with status
-    1 when the loss is no longer finite.
+    Appends an ``Epoch`` to ``history`` for each and leaves a checkpoint after each. Ends
+    the program with status 1 when the loss is no longer finite.
     """
     parts = prepare(args, len(training_split[0]))
     if folder and (checkpoint := folder / "checkpoint.pt").exists():
@@ -345,7 +351,7 @@ def write(path, content):
         text = json.dumps(content, indent=2) if path.suffix == ".json" else content
         data.write(f"{text}\n".encode())
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             file.write(data.getvalue())
             file.flush()
@@ -368,12 +374,16 @@ def reading(path):
 
 def load(path):
     """Return the tensors of a file. Code in it is refused, not run: ``weights_only``."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # on odd pickles; what cannot be used is an error
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def flags_of(args):
     """Return the flags that decide what a run computes."""
-    free = ("data_dir", "out", "resume", "evaluate", "dry_run")
+    free = ("data_dir", "out", "resume", "dry_run")
     return {flag: value for flag, value in vars(args).items() if flag not in free}
 
 
@@ -397,7 +407,7 @@ def save_epoch(args, parts, history, folder):
 
 def restore(args, parts, history, state):
     """Put everything back as ``save_epoch`` found it."""
-    if state["flags"] != flags_of(args):
+    if not isinstance(state, dict) or state.get("flags") != flags_of(args):
         raise ValueError("it is from a run with other flags")
     for name, part in parts.items():
         part.load_state_dict(state[name])
@@ -406,18 +416,22 @@ def restore(args, parts, history, state):
     history.extend(Epoch(*row) for row in state["history"])
 
 
-def result_of(seed, history):
-    """Return what result.json says of one run: accuracies in %, times in seconds."""
-    final, best = history[-1], max(history, key=lambda row: row.test_accuracy)
-    result = {"seed": seed, "n": 1, "final_accuracy": final.test_accuracy}
-    result |= {"final_loss": final.test_loss, "epochs": final.epoch}
-    result |= {"best_accuracy": best.test_accuracy, "best_epoch": best.epoch}
-    elapsed = list(itertools.accumulate(row.seconds for row in history))
-    for goal in (99.0, 99.4):
-        epochs = [row.epoch for row in history if row.test_accuracy >= goal]
-        result[f"epochs_to_{goal}"] = epochs[0] if epochs else None
-        result[f"seconds_to_{goal}"] = elapsed[epochs[0] - 1] if epochs else None
-    return {**result, "seconds": elapsed[-1]}
+def result_of(seed, history, output, labels):
+    """Return what result.json says of one model: accuracies in %, times in seconds."""
+    loss, accuracy = score(output, labels)
+    result = {"seed": seed, "n": 1, "final_accuracy": accuracy, "final_loss": loss}
+    digits = [labels == digit for digit in labels.unique()]
+    result["by_digit"] = [score(output[mine], labels[mine])[1] for mine in digits]
+    if history:
+        best = max(history, key=lambda row: row.test_accuracy)
+        result |= {"best_accuracy": best.test_accuracy, "best_epoch": best.epoch}
+        elapsed = list(itertools.accumulate(row.seconds for row in history))
+        for goal in (99.0, 99.4):
+            epochs = [row.epoch for row in history if row.test_accuracy >= goal]
+            result[f"epochs_to_{goal}"] = epochs[0] if epochs else None
+            result[f"seconds_to_{goal}"] = elapsed[epochs[0] - 1] if epochs else None
+        result |= {"epochs": len(history), "seconds": elapsed[-1]}
+    return result
 
 
 def statistics_of(results, outputs, labels):
@@ -441,10 +455,10 @@ def show(result):
         print("seed {seed:6d}  final {final_accuracy:6.2f} %".format(**run), end="  ")
         print("best {best_accuracy:6.2f} % @ {best_epoch:3d}".format(**run), end="  ")
         print("{seconds:8.1f} s".format(**run))
-    for name, value in result.items():
-        if name != "runs":
-            text = f"{value:.4f}" if isinstance(value, float) else value
-            print(f"{name.replace('_', ' '):26}{text}", flush=True)
+    for name in [name for name in result if name != "runs"]:
+        numbers = result[name] if isinstance(result[name], list) else [result[name]]
+        texts = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in numbers]
+        print(f"{name.replace('_', ' '):26}{' '.join(texts)}", flush=True)
 
 
 def student_t(freedom):
@@ -460,8 +474,10 @@ def student_t(freedom):
 
 def draw_report(path, history, images, labels, output):
     """Draw the curves of a run, if there are any, its confusions and its worst mistakes."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"{path} is not drawn: matplotlib is not installed")
     figure = Figure(figsize=(13, 10 if history else 6), layout="constrained")
     panels = figure.subfigures(2 if history else 1, 1, squeeze=False)[:, 0]
     if history:
@@ -479,7 +495,7 @@ def draw_report(path, history, images, labels, output):
     guess = output.argmax(dim=1)
     counts = torch.bincount(labels * 10 + guess, minlength=100).view(10, 10).cpu()
     axis = left.subplots()
-    mistakes = counts - counts.diag().diag()
+    mistakes = (counts - counts.diag().diag()).numpy()
     axis.imshow(mistakes, cmap="Oranges", vmax=2 * max(1, mistakes.max()))
     axis.set(xlabel="predicted digit", ylabel="true digit", title="confusion matrix")
     axis.set(xticks=range(10), yticks=range(10))
@@ -490,7 +506,7 @@ def draw_report(path, history, images, labels, output):
     wrong = wrong[output[wrong, guess[wrong]].argsort(descending=True)]
     right.suptitle("the most confident mistakes: true as predicted, probability")
     for axis, index in zip(right.subplots(3, 4).flat, wrong.tolist()):
-        axis.imshow(images[index].cpu(), cmap="gray_r")
+        axis.imshow(images[index].cpu().numpy(), cmap="gray_r")
         sure = output[index].max().exp().item()
         axis.set_title(f"{labels[index]} as {guess[index]}, {sure:.0%}", fontsize=10)
     for axis in right.axes:
@@ -509,9 +525,8 @@ def number(low, high, kind=float):
             if low <= kind(text) <= high:
                 return kind(text)
         noun = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a {noun} from {low} to {high}"
-        )
+        message = f"{text!r} is not a {noun} from {low} to {high}"
+        raise argparse.ArgumentTypeError(message)
 
     return parse
 
@@ -568,6 +583,8 @@ def parse_arguments(arguments=None):
                 name = f"--{flag.replace('_', '-')} {given[flag]}"
                 parser.error(f"{name} contradicts {saved.get(flag)} in {config}")
     args = argparse.Namespace(**{**defaults, **saved, **given})
+    if args.evaluate and args.runs > 1:
+        parser.error("--runs trains several models, --evaluate none: leave one out")
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     available = [*["cuda"][: len(cuda)], *["mps"][: torch.mps.device_count()], "cpu"]
     if args.device == "auto":
@@ -589,8 +606,8 @@ def print_header(device):
     where = f"{device}, {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         where = f"{device}, {torch.cuda.get_device_name(device)}"
-    libraries = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-    versions = f"Python {platform.python_version()}, {libraries}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, "
+    versions += f"torchvision {torchvision.__version__}"
     parameters = sum(weight.numel() for weight in Net().parameters())
     print(f"{parameters:,} parameters on {where}, {versions}")
     if summary:
@@ -628,37 +645,24 @@ def make_folder(args, where):
     return folder
 
 
-def evaluate(args, folder, images, labels):
-    """Test a file of weights: show and write how good they are, digit by digit."""
-    model = make_model(0, args.device, args.precision)
-    with reading(args.evaluate):
-        model.load_state_dict(load(args.evaluate))
-    output = predict(model, images, args.test_batch_size)
-    loss, accuracy = score(output, labels)
-    result = {"weights": args.evaluate, "accuracy": accuracy, "loss": loss}
-    for digit in labels.unique().tolist():
-        mine = labels == digit
-        result[f"accuracy_of_{digit}"] = score(output[mine], labels[mine])[1]
-    show(result)
-    draw_report(folder / "report.png", [], images, labels, output)
-    write(folder / "result.json", result)
-
-
 def run_seed(args, splits, history, folder):
-    """Train one model unless it is finished; return its result and its test output."""
+    """Train one model, or load it if that is done; return its result and test output."""
     images, labels = splits[1]
-    if finished := folder and (folder / "result.json").exists():
+    done = folder and (folder / "result.json").exists()
+    if args.evaluate or done:
+        weights = Path(args.evaluate or folder / "final.pt")
         model = make_model(0, args.device, args.precision)
-        with reading(folder):
-            model.load_state_dict(load(folder / "final.pt"))
-            result = json.loads((folder / "result.json").read_text())
+        with reading(weights):
+            model.load_state_dict(load(weights))
     else:
         model = fit(args, *splits, history, folder)
-        result = result_of(args.seed, history)
-    show(result)
-    print("final is the result: best was picked by looking at the test images")
     output = predict(model, images, args.test_batch_size)
-    if folder and not finished:
+    result = result_of(args.seed, history, output, labels)
+    if done:
+        with reading(folder / "result.json"):
+            result = json.loads((folder / "result.json").read_text())
+    show(result)
+    if folder and not done:
         write(folder / "final.pt", model.state_dict())
         draw_report(folder / "report.png", history, images, labels, output)
         write(folder / "result.json", result)
@@ -683,10 +687,9 @@ def main():
 
     def stop(number, frame):
         done = f"after {len(history)} of {args.epochs} epochs of seed {seed}"
-        resume = (
-            f"; go on with: python {sys.argv[0]} --resume {folder}" if folder else ""
-        )
-        fail(f"stopped by {signal.Signals(number).name} {done}{resume}", 128 + number)
+        command = f"python {sys.argv[0]} --resume {folder}"
+        after = f"; go on with: {command}" if folder else ""
+        fail(f"stopped by {signal.Signals(number).name} {done}{after}", 128 + number)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -695,8 +698,12 @@ def main():
     where = print_header(args.device)
     if rank == 0:
         splits = load_splits(args)
-        folder = Path(args.resume) if args.resume else None
-        if not (args.resume or args.dry_run):
+        if args.evaluate:  # before the folder is made
+            with reading(args.evaluate):
+                Net().load_state_dict(load(args.evaluate))
+        if args.resume:
+            folder = Path(args.resume)
+        elif not args.dry_run:
             folder = make_folder(args, where)
     if ranks > 1:
         shared = [folder]
@@ -704,8 +711,6 @@ def main():
         folder = shared[0]
     if rank > 0:  # now that rank 0 has downloaded and unpacked the files
         splits = load_splits(args)
-    if args.evaluate:
-        return evaluate(args, folder, *splits[1])
     outcomes = []
     for seed in range(args.seed, args.seed + args.runs)[rank::ranks]:
         history = []
@@ -719,16 +724,20 @@ def main():
     if rank == 0 and args.runs > 1:
         total = statistics_of(*zip(*outcomes), splits[1][1].cpu())
         show(total)
-        print(
-            "{final_accuracy:.3f} ± {interval_95:.3f} %, n = {n}".format(**total),
-            end="",
-        )
-        print(": the line to quote, mean and 95 % interval of the final accuracy")
+        mean, interval = total["final_accuracy"], total["interval_95"]
+        line = f"{mean:.3f} ± {interval:.3f} %, n = {args.runs}: the line to quote"
+        print(f"{line}, mean and 95 % interval of the final accuracy")
         if folder:
             write(folder / "result.json", total)
+    print(
+        "The final accuracy is the result. The best one was picked on the test images."
+    )
     if folder:
-        print(f"see {folder}")
+        print(f"See {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        fail("out of memory: try a lower --batch-size or --test-batch-size")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -12,6 +13,11 @@ import torch
 from torchvision.datasets import MNIST
 
 import mnist_cnn
+
+# One thread, here and in the scripts that the tests start: their results are compared bit
+# for bit, which takes the same number, and two scripts at a time would fight for the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 SCRIPT = Path(mnist_cnn.__file__).resolve()
 ARCHIVES = [name for name, _ in MNIST.resources]
@@ -56,17 +62,51 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def error_of(run):
-    """Run the script with bad input and return its one line of stderr."""
+def call(tmp_path, monkeypatch, capsys):
+    """Run main() in this process and an empty folder; return status, output and errors.
 
-    def one_line(*flags, status, **options):
-        process = run(*flags, **options)
+    It is ``run`` without the seconds that loading the libraries anew takes.
+    """
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+
+    def call_main(*flags):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", *map(str, flags)])
+        capsys.readouterr()
+        status = 0
+        try:
+            mnist_cnn.main()
+        except SystemExit as end:
+            status = end.code
+        output, errors = capsys.readouterr()
+        return subprocess.CompletedProcess(flags, status, output, errors)
+
+    yield call_main
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def error_of(call):
+    """Run main() with bad input and return its one line of stderr."""
+
+    def one_line(*flags, status):
+        process = call(*flags)
         assert process.returncode == status
         assert process.stderr.startswith("mnist_cnn.py: error: ")
         assert process.stderr.count("\n") == 1
         return process.stderr
 
     return one_line
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Send downloads to a port where nobody listens, here and in started scripts."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
 def write_idx(folder, splits):
