@@ -75,7 +75,7 @@ def this_script(args, *flags):
     flags = mnist_cnn.parse_arguments(["--device", args.device, *flags])
     training_split, _ = mnist_cnn.load_mnist(args.data_dir)
     training_split = [part.to(args.device) for part in training_split]
-    model, optimizer, scheduler = mnist_cnn.prepare(flags, IMAGES)
+    parts = mnist_cnn.prepare(flags, IMAGES)
     epochs = iter(
         lambda: mnist_cnn.training_batches(*training_split, BATCH_SIZE, 7), None
     )
@@ -84,7 +84,7 @@ def this_script(args, *flags):
     def run(steps):
         with mnist_cnn.tqdm(disable=True) as bar:
             block = itertools.islice(batches, steps)
-            mnist_cnn.train(model, block, optimizer, scheduler, bar)
+            mnist_cnn.train(**parts, batches=block, bar=bar)
 
     return run
 
@@ -120,6 +120,7 @@ def take_turns(args):
     for name in VARIANTS:
         connections[name], end = context.Pipe()
         context.Process(target=serve, args=(name, args, end)).start()
+        end.close()  # so that a variant that dies ends the benchmark too
         connections[name].recv()
     results = {name: [] for name in VARIANTS}
     for _ in range(args.blocks):
