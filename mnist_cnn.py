@@ -357,6 +357,10 @@ def write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+        if os.name == "posix":  # let the new name survive a power cut too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         with suppress(OSError):
             unfinished.unlink()
@@ -490,6 +494,7 @@ def draw_report(path, history, images, labels, output):
         axes[1].set_ylim(min(late) - 0.1, max(late) + 0.1)
         for axis, title in zip(axes, ("loss", "accuracy in %", "learning rate")):
             axis.set(title=title, xlabel="epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0].legend(["training (augmented)", "test"])
     left, right = panels[-1].subfigures(1, 2)
     guess = output.argmax(dim=1)
@@ -500,8 +505,8 @@ def draw_report(path, history, images, labels, output):
     axis.set(xlabel="predicted digit", ylabel="true digit", title="confusion matrix")
     axis.set(xticks=range(10), yticks=range(10))
     for true, predicted in counts.nonzero().tolist():
-        number = counts[true, predicted].item()
-        axis.text(predicted, true, number, ha="center", va="center", fontsize=8)
+        text = counts[true, predicted].item()
+        axis.text(predicted, true, text, ha="center", va="center", fontsize=8)
     wrong = (guess != labels).nonzero().flatten()
     wrong = wrong[output[wrong, guess[wrong]].argsort(descending=True)]
     right.suptitle("the most confident mistakes: true as predicted, probability")
