@@ -338,10 +338,7 @@ def fit(args, training_split, test_split, history, folder=None):
 
 
 def write(path, content):
-    """Write a .pt, .json, .png or text file in one step, so that it is never half there.
-
-    The new file takes the old one's name only when it is safe on the disk.
-    """
+    """Write a .pt, .json, .png or text file, in one step: it is never half there."""
     data, unfinished = io.BytesIO(), Path(f"{path}.new")
     if path.suffix == ".pt":
         torch.save(content, data)
@@ -439,10 +436,9 @@ def result_of(seed, history, output, labels):
 
 
 def statistics_of(results, outputs, labels):
-    """Return the statistics of several runs' final accuracy, in %.
+    """Return the statistics, in %, of several runs' final accuracy.
 
-    ``outputs`` are their log-probabilities (N, 10) of the test images; the mean of the
-    probabilities makes one classifier of all the models.
+    ``outputs`` are their log-probabilities (N, 10); averaged are the probabilities.
     """
     finals = [result["final_accuracy"] for result in results]
     deviation = statistics.stdev(finals)
@@ -569,11 +565,9 @@ def parse_arguments(arguments=None):
     add("--out", None, str, "new folder for what the run leaves; else runs/<now>")
     add("--resume", None, str, "folder of a stopped run to go on with, flags and all")
     add("--evaluate", None, str, "file of weights to test, without training")
-    for flag, text in {
-        "--synthetic": "train on digits rendered here, with no download",
-        "--dry-run": "do one training and one test batch and stop",
-    }.items():
-        parser.add_argument(flag, action="store_true", help=text)
+    switch = parser.add_argument
+    switch("--synthetic", action="store_true", help="train on digits rendered here")
+    switch("--dry-run", action="store_true", help="one training and one test batch")
     defaults = vars(parser.parse_args([]))
     unset = argparse.Namespace(**dict.fromkeys(defaults))  # shows which flags are given
     given = vars(parser.parse_args(arguments, unset)).items()
@@ -692,7 +686,7 @@ def main():
 
     def stop(number, frame):
         done = f"after {len(history)} of {args.epochs} epochs of seed {seed}"
-        command = f"python {sys.argv[0]} --resume {folder}"
+        command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
         after = f"; go on with: {command}" if folder else ""
         fail(f"stopped by {signal.Signals(number).name} {done}{after}", 128 + number)
 
@@ -734,9 +728,7 @@ def main():
         print(f"{line}, mean and 95 % interval of the final accuracy")
         if folder:
             write(folder / "result.json", total)
-    print(
-        "The final accuracy is the result. The best one was picked on the test images."
-    )
+    print("The final accuracy is the result; the best was picked on the test images.")
     if folder:
         print(f"See {folder}")
 

@@ -119,6 +119,18 @@ def test_dropout_and_rotation_flags_reach_the_training(flags, small_splits):
         assert not torch.equal(default["conv1.weight"], without["conv1.weight"])
 
 
+def test_bf16_computes_in_less_precision_and_learns_nearly_the_same(
+    flags, small_splits
+):
+    fp32, bf16 = [], []
+    fit(flags("--epochs", 3), *small_splits, fp32)
+    model = fit(flags("--epochs", 3, "--precision", "bf16"), *small_splits, bf16)
+    assert bf16[-1].train_loss != fp32[-1].train_loss
+    assert bf16[-1].train_loss == pytest.approx(fp32[-1].train_loss, rel=0.05)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert predict(model, small_splits[1][0], 200).dtype == torch.float32
+
+
 def test_history_tells_what_the_model_scores(flags, small_splits):
     args, history = flags("--epochs", 2), []
     model = fit(args, *small_splits, history)
