@@ -55,7 +55,8 @@ except ImportError:
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, which lie in [0, 1]
 Epoch = namedtuple(
-    "Epoch", "epoch lr train_loss train_accuracy test_loss test_accuracy seconds"
+    "Epoch",
+    "epoch learning_rate train_loss train_accuracy test_loss test_accuracy seconds",
 )
 HEADER = "epoch        lr   train loss  accuracy    test loss  accuracy   seconds"
 ROW = "{:5d}  {:8.6f}  {:11.4f}  {:6.2f} %  {:11.4f}  {:6.2f} %  {:8.1f}"
@@ -69,20 +70,22 @@ def load_mnist(data_dir):
 
     Ends the program with status 1 when that fails, naming the file that is the cause.
     """
-    raw, advice = Path(data_dir, "MNIST", "raw"), "delete it to get it anew"
-    tensors = []
+    raw, tensors, failure = Path(data_dir, "MNIST", "raw"), [], None
     try:
         MNIST(data_dir, download=True)
     except Exception as error:  # noqa: BLE001 - it lets everything through, asserts too
-        archives = ", ".join(name for name, _ in MNIST.resources)
-        advice = f"{error}; put {archives} into {raw} or use --synthetic"
+        failure = error
     for name, _ in MNIST.resources:
         path = (raw / name).with_suffix("")
         try:
             read = read_image_file if "images" in name else read_label_file
             tensors.append(read(path))
         except Exception as error:  # noqa: BLE001 - the same
-            fail(f"cannot read {path} ({error or type(error).__name__}): {advice}")
+            archives = ", ".join(name for name, _ in MNIST.resources)
+            cause = f"{failure}; put {archives} into {raw} or use --synthetic"
+            if path.exists():
+                cause = f"{error!r}; delete it to have it unpacked or downloaded again"
+            fail(f"cannot read {path}: {cause}")
         if "labels" in name:
             images, labels = tensors[-2:]
             if images.shape != (len(labels), 28, 28) or labels.max() > 9:
@@ -286,6 +289,7 @@ def score(output, labels):
 def prepare(args, images):
     """Return a new model, its optimizer and its schedule for so many training images."""
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = True  # else the same seed could differ
     model = make_model(args.dropout, args.device, args.precision)
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
@@ -326,8 +330,9 @@ def fit(args, training_split, test_split, history, folder=None):
         tested = score(output, test_split[1])
         if not math.isfinite(trained[0] + tested[0]):
             fail(f"loss not finite in epoch {epoch}: try a lower --lr than {args.lr}")
-        lr, seconds = parts["scheduler"].get_last_lr()[0], time.perf_counter() - start
-        history.append(Epoch(epoch, lr, *trained, *tested, seconds))
+        learning_rate = parts["scheduler"].get_last_lr()[0]
+        seconds = time.perf_counter() - start
+        history.append(Epoch(epoch, learning_rate, *trained, *tested, seconds))
         print(ROW.format(*history[-1]), flush=True)
         if folder:
             save_epoch(args, parts, history, folder)
@@ -376,9 +381,7 @@ def reading(path):
 def load(path):
     """Return the tensors of a file. Code in it is refused, not run: ``weights_only``."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # on odd pickles; what cannot be used is an error
+        warnings.simplefilter("ignore")  # on odd pickles; errors are enough
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -692,7 +695,6 @@ def main():
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    torch.backends.cudnn.deterministic = True  # else the same seed could differ
     rank, ranks = join_torchrun(args.device)
     where = print_header(args.device)
     if rank == 0:

@@ -214,6 +214,7 @@ def test_a_damaged_idx_file_is_named(name, harm, small_data, capsys):
     error = capsys.readouterr().err
     assert end.value.code == 1
     assert f"cannot read {path}" in error
+    assert "delete it" in error
     assert error.count("\n") == 1
 
 
