@@ -316,8 +316,8 @@ def fit(args, training_split, test_split, history, folder=None):
     """
     parts = prepare(args, len(training_split[0]))
     if folder and (checkpoint := folder / "checkpoint.pt").exists():
-        with reading(checkpoint):
-            restore(args, parts, history, load(checkpoint))
+        with reading(checkpoint) as state:
+            restore(args, parts, history, state)
     print("\n".join([HEADER, *(ROW.format(*row) for row in history)]))
     steps = math.ceil(len(training_split[0]) / args.batch_size)
     quiet = True if os.environ.get("RANK", "0") != "0" else None  # None: no terminal
@@ -371,18 +371,20 @@ def write(path, content):
 
 @contextmanager
 def reading(path):
-    """Turn whatever goes wrong while a file is read and used into one line that names it."""
+    """Yield what a .json file or a file of tensors holds; code in it does not run.
+
+    Whatever goes wrong, in the reading or the use, ends the program naming the file.
+    """
     try:
-        yield
+        if Path(path).suffix == ".json":
+            yield json.loads(Path(path).read_text())
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on odd pickles; errors are enough
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            yield content
     except Exception as error:  # noqa: BLE001 - a foreign file can fail in any way
         fail(f"cannot use {path}: {type(error).__name__}: {str(error)[:200]}")
-
-
-def load(path):
-    """Return the tensors of a file. Code in it is refused, not run: ``weights_only``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on odd pickles; errors are enough
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def flags_of(args):
@@ -578,8 +580,8 @@ def parse_arguments(arguments=None):
     saved = {}
     if "resume" in given:
         config = Path(given["resume"], "config.json")
-        with reading(config):
-            saved = dict(json.loads(config.read_text())["flags"])
+        with reading(config) as content:
+            saved = dict(content["flags"])
         for flag in sorted(given.keys() - {"resume", "data_dir"}):
             if given[flag] != saved.get(flag):
                 name = f"--{flag.replace('_', '-')} {given[flag]}"
@@ -654,15 +656,15 @@ def run_seed(args, splits, history, folder):
     if args.evaluate or done:
         weights = Path(args.evaluate or folder / "final.pt")
         model = make_model(0, args.device, args.precision)
-        with reading(weights):
-            model.load_state_dict(load(weights))
+        with reading(weights) as state:
+            model.load_state_dict(state)
     else:
         model = fit(args, *splits, history, folder)
     output = predict(model, images, args.test_batch_size)
     result = result_of(args.seed, history, output, labels)
     if done:
-        with reading(folder / "result.json"):
-            result = json.loads((folder / "result.json").read_text())
+        with reading(folder / "result.json") as content:
+            result = dict(content)
     show(result)
     if folder and not done:
         write(folder / "final.pt", model.state_dict())
@@ -700,8 +702,8 @@ def main():
     if rank == 0:
         splits = load_splits(args)
         if args.evaluate:  # before the folder is made
-            with reading(args.evaluate):
-                Net().load_state_dict(load(args.evaluate))
+            with reading(args.evaluate) as state:
+                Net().load_state_dict(state)
         if args.resume:
             folder = Path(args.resume)
         elif not args.dry_run:
