@@ -590,11 +590,12 @@ def parse_arguments(arguments=None):
     if args.evaluate and args.runs > 1:
         parser.error("--runs trains several models, --evaluate none: leave one out")
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    available = [*["cuda"][: len(cuda)], *["mps"][: torch.mps.device_count()], "cpu"]
+    available = ["cuda", *cuda] if cuda else []
+    available += ["mps"] * torch.mps.device_count() + ["cpu"]
     if args.device == "auto":
         args.device = available[0]
-    if args.device not in available + cuda:
-        here = ", ".join(available + cuda)
+    if args.device not in available:
+        here = ", ".join(available)
         parser.error(f"argument --device: {args.device!r} is not here, there is {here}")
     return args
 
@@ -661,10 +662,11 @@ def run_seed(args, splits, history, folder):
     else:
         model = fit(args, *splits, history, folder)
     output = predict(model, images, args.test_batch_size)
-    result = result_of(args.seed, history, output, labels)
     if done:
         with reading(folder / "result.json") as content:
             result = dict(content)
+    else:
+        result = result_of(args.seed, history, output, labels)
     show(result)
     if folder and not done:
         write(folder / "final.pt", model.state_dict())
