@@ -44,6 +44,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import distributed, nn
+from torch.optim.swa_utils import update_bn
 from torchvision.datasets.mnist import MNIST, read_image_file, read_label_file
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -58,6 +59,13 @@ Epoch = namedtuple(
     "Epoch",
     "epoch learning_rate train_loss train_accuracy test_loss test_accuracy seconds",
 )
+# What a recipe changes in the defaults of the flags; a flag that is given wins.
+RECIPES = {
+    "reference": {},
+    "best": {"lr": 0.2, "nesterov": True, "weight_decay": 5e-4, "dropout": 0.0}
+    | {"shift": 1.0},
+    "quick": {"epochs": 6, "lr": 0.2, "nesterov": True, "weight_decay": 5e-4},
+}
 HEADER = "epoch        lr   train loss  accuracy    test loss  accuracy   seconds"
 ROW = "{:5d}  {:8.6f}  {:11.4f}  {:6.2f} %  {:11.4f}  {:6.2f} %  {:8.1f}"
 
@@ -65,32 +73,31 @@ ROW = "{:5d}  {:8.6f}  {:11.4f}  {:6.2f} %  {:11.4f}  {:6.2f} %  {:8.1f}"
 # ---- Data: a split is (images (N, 28, 28) uint8, labels (N,) int64), moved once ----
 
 
-def load_mnist(data_dir):
-    """Return the training and the test split; torchvision downloads what is absent.
+def load_mnist(data_dir, train):
+    """Return the training or the test split; torchvision downloads what is absent.
 
     Ends the program with status 1 when that fails, naming the file that is the cause.
     """
-    raw, tensors, failure = Path(data_dir, "MNIST", "raw"), [], None
+    raw, split, failure = Path(data_dir, "MNIST", "raw"), [], None
     try:
-        MNIST(data_dir, download=True)
+        MNIST(data_dir, train, download=True)
     except Exception as error:  # noqa: BLE001 - it lets everything through, asserts too
         failure = error
-    for name, _ in MNIST.resources:
+    for name, _ in MNIST.resources[:2] if train else MNIST.resources[2:]:
         path = (raw / name).with_suffix("")
         try:
             read = read_image_file if "images" in name else read_label_file
-            tensors.append(read(path))
+            split.append(read(path))
         except Exception as error:  # noqa: BLE001 - the same
             archives = ", ".join(name for name, _ in MNIST.resources)
             cause = f"{failure}; put {archives} into {raw} or use --synthetic"
             if path.exists():
                 cause = f"{error!r}; delete it to have it unpacked or downloaded again"
             fail(f"cannot read {path}: {cause}")
-        if "labels" in name:
-            images, labels = tensors[-2:]
-            if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-                fail(f"{path} has no digit, 0 to 9, for each 28x28 image beside it")
-    return tensors[:2], tensors[2:]
+    images, labels = split
+    if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+        fail(f"{path} has no digit, 0 to 9, for each 28x28 image beside it")
+    return images, labels
 
 
 def synthetic_digits(count, seed):
@@ -106,7 +113,8 @@ def synthetic_digits(count, seed):
         glyph.copy_(pil_to_tensor(picture))
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=random)
-    matrices = rotation_matrices(torch.randn(count, generator=random) * 10)
+    degrees = torch.randn(count, generator=random) * 10
+    matrices = affine_matrices(degrees, torch.zeros(count, 2))
     # Scale, shear and shift a little too.
     matrices += torch.randn(matrices.shape, generator=random) / 10
     pieces = zip(labels.split(5000), matrices.split(5000))  # 0.6 GB if done at once
@@ -114,11 +122,17 @@ def synthetic_digits(count, seed):
     return torch.cat(images).squeeze(1), labels
 
 
-def rotation_matrices(degrees):
-    """Return the (N, 2, 3) matrices that turn images by (N,) degrees counter-clockwise."""
+def affine_matrices(degrees, pixels):
+    """Return (N, 2, 3) matrices that move images and then turn them.
+
+    The move is by ``pixels`` (N, 2), rightwards and down, the turn by ``degrees`` (N,)
+    counter-clockwise about the centre.
+    """
     cosine, sine = degrees.deg2rad().cos(), degrees.deg2rad().sin()
-    zero = torch.zeros_like(degrees)
-    return torch.stack((cosine, -sine, zero, sine, cosine, zero), dim=1).view(-1, 2, 3)
+    # They say where a pixel comes from, in halves of the image's width of 28 pixels.
+    right, down = (-pixels / 14).unbind(dim=1)
+    rows = torch.stack((cosine, -sine, right, sine, cosine, down), dim=1)
+    return rows.view(-1, 2, 3)
 
 
 def warp(pixels, matrices):
@@ -132,18 +146,22 @@ def normalise(pixels):
     return (pixels / 255 - MEAN) / STD
 
 
-def training_batches(images, labels, batch_size, rotation):
-    """Yield each image once, in a fresh random order, each turned by its own angle.
+def training_batches(images, labels, batch_size, rotation, shift=0):
+    """Yield each image once, in a fresh random order, each moved and turned on its own.
 
+    The ranges are up to ``shift`` pixels either way on both axes, and ``rotation`` degrees.
     A batch is (B, 1, 28, 28), normalised, with its labels (B,); the last may be shorter.
     It takes a few operations on the device for all images at once.
     """
     device = images.device
     for index in torch.randperm(len(images), device=device).split(batch_size):
         pixels = images[index].unsqueeze(1).float()
-        if rotation:
+        if rotation or shift:
             turn = torch.empty(len(index), device=device).uniform_(-rotation, rotation)
-            pixels = warp(pixels, rotation_matrices(turn))
+            move = torch.zeros(len(index), 2, device=device)
+            if shift:  # else draw nothing, so that the run is the same as it ever was
+                move.uniform_(-shift, shift)
+            pixels = warp(pixels, affine_matrices(turn, move))
         yield normalise(pixels), labels[index]
 
 
@@ -208,24 +226,15 @@ class SparseDropout(torch.autograd.Function):
         enough = int(mean + 6 * mean**0.5) + 16  # to run past the end: 6 sigma and more
         gaps = torch.rand(enough).neg_().log1p_().div_(math.log1p(-p)).long()
         dropped = (gaps + 1).cumsum(0) - 1
-        context.dropped = dropped[: int(torch.searchsorted(dropped, x.numel()))]
-        context.scale, context.layout = (
-            1 / (1 - p),
-            (x.shape, torch.empty_like(x).stride()),
-        )
-        return SparseDropout.drop(context, x)
+        dropped = dropped[: int(torch.searchsorted(dropped, x.numel()))]
+        mask = torch.full_like(x, 1 / (1 - p))
+        mask.as_strided((x.numel(),), (1,)).index_fill_(0, dropped, 0)
+        context.mask = mask
+        return mask * x
 
     @staticmethod
     def backward(context, gradient):
-        return SparseDropout.drop(context, gradient), None
-
-    @staticmethod
-    def drop(context, x):
-        # Elements are numbered in memory order, which must then be the same both times.
-        result = torch.empty_strided(*context.layout, dtype=x.dtype)
-        torch.mul(x, context.scale, out=result)
-        result.as_strided((x.numel(),), (1,)).index_fill_(0, context.dropped, 0)
-        return result
+        return context.mask * gradient, None  # in this order the memory order is x's
 
 
 def make_model(dropout, device, precision="fp32"):
@@ -272,12 +281,23 @@ def train(model, optimizer, scheduler, batches, bar):
     return loss_sum.item() / seen, 100 * hits.item() / seen
 
 
+def plain_batches(images, batch_size):
+    """Return a generator of uint8 images (N, 28, 28) in order, (B, 1, 28, 28), normalised."""
+    return (normalise(batch) for batch in images.unsqueeze(1).split(batch_size))
+
+
 @torch.no_grad()
-def predict(model, images, batch_size):
-    """Return the log-probabilities (N, 10) of the digits in uint8 images (N, 28, 28)."""
+def predict(model, images, batch_size, moves=((0, 0),)):
+    """Return the log-probabilities (N, 10) of the digits in uint8 images (N, 28, 28).
+
+    They are of the probabilities' mean over the images moved by each of the moves.
+    """
     model.eval()
-    batches = images.unsqueeze(1).split(batch_size)
-    return torch.cat([model(normalise(batch)) for batch in batches])
+    outputs = []
+    for x, y in moves:
+        batches = plain_batches(F.pad(images, (x, -x, y, -y)), batch_size)
+        outputs.append(torch.cat([model(batch) for batch in batches]))
+    return torch.stack(outputs).logsumexp(dim=0) - math.log(len(moves))
 
 
 def score(output, labels):
@@ -292,7 +312,11 @@ def prepare(args, images):
     torch.backends.cudnn.deterministic = True  # else the same seed could differ
     model = make_model(args.dropout, args.device, args.precision)
     optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
+        model.parameters(),
+        args.lr,
+        args.momentum,
+        weight_decay=args.weight_decay,
+        nesterov=args.nesterov and args.momentum > 0,  # without momentum no difference
     )
     steps = args.epochs * math.ceil(images / args.batch_size)
     warm_up = args.pct_start * steps
@@ -323,9 +347,14 @@ def fit(args, training_split, test_split, history, folder=None):
     quiet = True if os.environ.get("RANK", "0") != "0" else None  # None: no terminal
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        batches = training_batches(*training_split, args.batch_size, args.rotation)
+        ranges = args.rotation, args.shift
+        batches = training_batches(*training_split, args.batch_size, *ranges)
         with tqdm(total=steps, mininterval=0.25, leave=False, disable=quiet) as bar:
             trained = train(**parts, batches=batches, bar=bar)
+        if args.precise_bn and epoch == args.epochs:
+            # Statistics of all the images, as they are, instead of a few augmented
+            # batches' (Wu and Johnson 2021, Rethinking "Batch" in BatchNorm).
+            update_bn(plain_batches(training_split[0], 1000), parts["model"])
         output = predict(parts["model"], test_split[0], args.test_batch_size)
         tested = score(output, test_split[1])
         if not math.isfinite(trained[0] + tested[0]):
@@ -445,11 +474,13 @@ def statistics_of(results, outputs, labels):
 
     ``outputs`` are their log-probabilities (N, 10); averaged are the probabilities.
     """
-    finals = [result["final_accuracy"] for result in results]
-    deviation = statistics.stdev(finals)
-    interval = student_t(len(finals) - 1) * deviation / len(finals) ** 0.5
-    total = {"n": len(finals), "final_accuracy": statistics.mean(finals)}
-    total |= {"interval_95": interval, "standard_deviation": deviation}
+    total = {"n": len(results)}
+    for name, prefix in (("final_accuracy", ""), ("tta_accuracy", "tta_")):
+        if values := [result[name] for result in results if name in result]:
+            deviation = statistics.stdev(values)
+            interval = student_t(len(values) - 1) * deviation / len(values) ** 0.5
+            total |= {name: statistics.mean(values), f"{prefix}interval_95": interval}
+            total[f"{prefix}standard_deviation"] = deviation
     _, averaged = score(torch.stack(outputs).logsumexp(dim=0), labels)
     return {**total, "models_averaged_accuracy": averaged, "runs": results}
 
@@ -551,18 +582,25 @@ def parse_arguments(arguments=None):
         parser.add_argument(flag, default=default, type=valid, help=text, **more)
 
     count, size = number(1, 100_000, int), number(1, 60_000, int)
+    switch, names = parser.add_argument, ", ".join(RECIPES)
+    add("--recipe", "reference", str, f"sets other defaults: {names}", choices=RECIPES)
     add("--epochs", 19, count, "passes over the training images")
     add("--batch-size", 128, size, "images in a training batch")
     add("--test-batch-size", 1000, size, "images in a test batch")
     add("--lr", 0.015, number(1e-9, 1e9), "maximum learning rate, see OneCycleLR")
     add("--momentum", 0.9, number(0, 0.9999), "momentum of SGD, the same throughout")
+    either = {"action": argparse.BooleanOptionalAction, "default": False}
+    switch("--nesterov", **either, help="take the momentum from one step ahead")
     add("--weight-decay", 1e-4, number(0, 1e9), "L2 penalty on every parameter")
     add("--dropout", 0.05, number(0, 0.99), "probability of dropping an activation")
     add("--rotation", 7.0, number(0, 180), "largest random turn, in degrees")
+    add("--shift", 0.0, number(0, 28), "largest random move on each axis, in pixels")
     add("--pct-start", 0.2, number(0, 0.99), "fraction of the run in which lr rises")
     add("--div-factor", 10.0, number(1, 1e9), "maximum lr / lr at the start")
     add("--final-div-factor", 100.0, number(1, 1e9), "lr at start / lr at the end")
+    switch("--precise-bn", **either, help="end with BatchNorm statistics of all images")
     add("--seed", 1, number(0, 2**32 - 1, int), "fixes all random numbers")
+    add("--holdout", 0, number(0, 59_999, int), "training images to test on instead")
     add("--runs", 1, count, "models to train, with seeds from --seed upwards")
     add("--device", "auto", str, "cuda, cuda:N, mps, cpu; auto: the first there is")
     add("--precision", "fp32", str, "of the arithmetic", choices=["fp32", "bf16"])
@@ -570,7 +608,7 @@ def parse_arguments(arguments=None):
     add("--out", None, str, "new folder for what the run leaves; else runs/<now>")
     add("--resume", None, str, "folder of a stopped run to go on with, flags and all")
     add("--evaluate", None, str, "file of weights to test, without training")
-    switch = parser.add_argument
+    switch("--tta", action="store_true", help="also test five positions, averaged")
     switch("--synthetic", action="store_true", help="train on digits rendered here")
     switch("--dry-run", action="store_true", help="one training and one test batch")
     defaults = vars(parser.parse_args([]))
@@ -586,7 +624,8 @@ def parse_arguments(arguments=None):
             if given[flag] != saved.get(flag):
                 name = f"--{flag.replace('_', '-')} {given[flag]}"
                 parser.error(f"{name} contradicts {saved.get(flag)} in {config}")
-    args = argparse.Namespace(**{**defaults, **saved, **given})
+    recipe = RECIPES[{**defaults, **saved, **given}["recipe"]]
+    args = argparse.Namespace(**{**defaults, **recipe, **saved, **given})
     if args.evaluate and args.runs > 1:
         parser.error("--runs trains several models, --evaluate none: leave one out")
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -623,12 +662,22 @@ def print_header(device):
 
 
 def load_splits(args):
-    """Return the training and the test split on the device."""
+    """Return the training and the test split on the device.
+
+    With --holdout the last training images are the test split; the real one is not read.
+    """
     if args.synthetic:
         print("Synthetic digits: accuracy on them says nothing about MNIST.")
-        splits = synthetic_digits(60000, seed=0), synthetic_digits(10000, seed=1)
+        splits = [synthetic_digits(60000, seed=0), synthetic_digits(10000, seed=1)]
     else:
-        splits = load_mnist(args.data_dir)
+        splits = [load_mnist(args.data_dir, train=True)]
+        if not args.holdout:
+            splits.append(load_mnist(args.data_dir, train=False))
+    if args.holdout:
+        if args.holdout >= (count := len(splits[0][0])):
+            fail(f"--holdout {args.holdout} leaves none of {count} images to train on")
+        print(f"The test images are the last {args.holdout} training images.")
+        splits = zip(*(part.tensor_split([-args.holdout]) for part in splits[0]))
     if args.dry_run:
         args.epochs, sizes = 1, (args.batch_size, args.test_batch_size)
         splits = [[part[:size] for part in split] for split, size in zip(splits, sizes)]
@@ -667,6 +716,10 @@ def run_seed(args, splits, history, folder):
             result = dict(content)
     else:
         result = result_of(args.seed, history, output, labels)
+        if args.tta:
+            moves = (0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)
+            moved = predict(model, images, args.test_batch_size, moves)
+            result["tta_accuracy"] = score(moved, labels)[1]
     show(result)
     if folder and not done:
         write(folder / "final.pt", model.state_dict())
@@ -734,7 +787,10 @@ def main():
         print(f"{line}, mean and 95 % interval of the final accuracy")
         if folder:
             write(folder / "result.json", total)
-    print("The final accuracy is the result; the best was picked on the test images.")
+    where = "held-out" if args.holdout else "test"
+    print(
+        f"The final accuracy is the result; the best was picked on the {where} images."
+    )
     if folder:
         print(f"See {folder}")
 

@@ -73,7 +73,7 @@ def usual_loop(args, workers):
 def this_script(args, *flags):
     """Return a function that trains for some steps as the script does with the flags."""
     flags = mnist_cnn.parse_arguments(["--device", args.device, *flags])
-    training_split, _ = mnist_cnn.load_mnist(args.data_dir)
+    training_split = mnist_cnn.load_mnist(args.data_dir, train=True)
     training_split = [part.to(args.device) for part in training_split]
     parts = mnist_cnn.prepare(flags, IMAGES)
     epochs = iter(

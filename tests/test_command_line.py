@@ -83,13 +83,18 @@ def test_help_gives_each_flag_with_its_default(call):
         "--test-batch-size": 1000,
         "--lr": 0.015,
         "--momentum": 0.9,
+        "--no-nesterov": False,
         "--weight-decay": 0.0001,
         "--dropout": 0.05,
         "--rotation": 7.0,
+        "--shift": 0.0,
         "--pct-start": 0.2,
         "--div-factor": 10.0,
         "--final-div-factor": 100.0,
         "--seed": 1,
+        "--holdout": 0,
+        "--recipe": "reference",
+        "--tta": False,
         "--device": "auto",
         "--data-dir": "data",
         "--synthetic": False,
@@ -109,10 +114,13 @@ def test_help_gives_each_flag_with_its_default(call):
         ("--weight-decay", "-1e-9 inf nan", "number from 0 to 1000000000.0"),
         ("--dropout", "1 -0.1 nan", "number from 0 to 0.99"),
         ("--rotation", "180.1 -1 nan inf", "number from 0 to 180"),
+        ("--shift", "-0.1 28.1 nan", "number from 0 to 28"),
         ("--pct-start", "1 -0.1 nan", "number from 0 to 0.99"),
         ("--div-factor", "0.9 inf nan", "number from 1 to 1000000000.0"),
         ("--final-div-factor", "0 inf nan", "number from 1 to 1000000000.0"),
         ("--seed", "-1 4294967296 1.0", "whole number from 0 to 4294967295"),
+        ("--holdout", "-1 60000 0.5", "whole number from 0 to 59999"),
+        ("--recipe", "fast", "reference"),
         ("--runs", "0 x", "whole number from 1 to 100000"),
         ("--precision", "fp16", "fp32"),
     ],
@@ -210,7 +218,7 @@ def test_a_damaged_idx_file_is_named(name, harm, small_data, capsys):
     path = small_data / "MNIST" / "raw" / name
     harm(path)
     with pytest.raises(SystemExit) as end:
-        mnist_cnn.load_mnist(small_data)
+        mnist_cnn.load_mnist(small_data, train=name.startswith("train"))
     error = capsys.readouterr().err
     assert end.value.code == 1
     assert f"cannot read {path}" in error
@@ -236,7 +244,7 @@ def test_idx_files_that_are_not_mnist_are_named(
     splits[split] = images, labels
     write_idx(tmp_path, splits)
     with pytest.raises(SystemExit) as end:
-        mnist_cnn.load_mnist(tmp_path)
+        mnist_cnn.load_mnist(tmp_path, train=split == 0)
     assert end.value.code == 1
     assert (
         f"{tmp_path}/MNIST/raw/{('train', 't10k')[split]}-" in capsys.readouterr().err

@@ -1,14 +1,16 @@
 """The data: rotation against torchvision, normalisation, each image once an epoch."""
 
+import math
+
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import rotate
+from torchvision.transforms.functional import affine, rotate
 
 from mnist_cnn import (
+    affine_matrices,
     load_mnist,
     normalise,
-    rotation_matrices,
     synthetic_digits,
     training_batches,
     warp,
@@ -25,10 +27,32 @@ def test_rotation_agrees_with_torchvision(small_splits):
     pixels = small_splits[0][0][:200].unsqueeze(1).float() / 255
     torch.manual_seed(0)
     degrees = torch.cat([torch.empty(180).uniform_(-180, 180), torch.arange(-10, 10)])
-    turned = warp(pixels, rotation_matrices(degrees))
+    turned = warp(pixels, affine_matrices(degrees, torch.zeros(200, 2)))
     for image, angle, mine in zip(pixels, degrees.tolist(), turned, strict=True):
         expected = rotate(image, angle, InterpolationMode.BILINEAR)
         torch.testing.assert_close(mine, expected, atol=1e-3, rtol=0)
+
+
+def test_a_move_and_then_a_turn_agree_with_torchvision(small_splits):
+    pixels = small_splits[0][0][:200].unsqueeze(1).float() / 255
+    torch.manual_seed(0)
+    degrees = torch.empty(200).uniform_(-180, 180)
+    moves = torch.empty(200, 2).uniform_(-5, 5)
+    mine = warp(pixels, affine_matrices(degrees, moves))
+    for i, angle in enumerate(degrees.tolist()):
+        # torchvision turns first (and clockwise), so the move turns with the image.
+        x, y = moves[i].double().tolist()
+        cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        turned = [x * cosine + y * sine, y * cosine - x * sine]
+        unchanged = {"scale": 1.0, "shear": [0.0]}
+        expected = affine(
+            pixels[i],
+            -angle,
+            turned,
+            **unchanged,
+            interpolation=InterpolationMode.BILINEAR,
+        )
+        torch.testing.assert_close(mine[i], expected, atol=1e-3, rtol=0)
 
 
 def test_rotation_fills_with_black_before_normalising():
@@ -45,7 +69,7 @@ def test_normalisation_uses_mean_01307_and_deviation_03081():
 
 
 def test_real_training_images_have_zero_mean_and_unit_deviation(real_mnist):
-    (images, _), _ = load_mnist(real_mnist)
+    images, _ = load_mnist(real_mnist, train=True)
     pixels = normalise(images.float())
     assert pixels.mean().item() == pytest.approx(0, abs=1e-3)
     assert pixels.std().item() == pytest.approx(1, abs=1e-3)
@@ -94,6 +118,30 @@ def test_angles_fill_the_range_of_the_flag():
     assert degrees.mean().item() == pytest.approx(0, abs=1.2)  # 3 standard errors
 
 
+def test_moves_fill_the_range_of_the_flag_on_both_axes():
+    dot = torch.zeros(2000, 28, 28, dtype=torch.uint8)
+    dot[:, 13:15, 13:15] = 255
+    batches = training_batches(dot, torch.zeros(2000), 2000, rotation=0, shift=3)
+    ((pixels, _),) = batches
+    weight = pixels - pixels.min()
+    for axis in (2, 3):
+        profile = weight.sum(dim=5 - axis)[:, 0]
+        moved = (profile * torch.arange(28)).sum(1) / profile.sum(1) - 13.5
+        assert moved.min().item() == pytest.approx(-3, abs=0.1)
+        assert moved.max().item() == pytest.approx(3, abs=0.1)
+        assert moved.mean().item() == pytest.approx(0, abs=0.12)  # 3 standard errors
+
+
+def test_ranges_of_zero_leave_the_images_as_they_are(small_splits):
+    batches = training_batches(*small_splits[0], 600, rotation=0, shift=0)
+    ((pixels, labels),) = batches
+    originals = normalise(small_splits[0][0].unsqueeze(1).float())
+    assert torch.equal(
+        pixels.flatten(1).sort(dim=0).values, originals.flatten(1).sort(dim=0).values
+    )
+    assert labels.sort().values.tolist() == small_splits[0][1].sort().values.tolist()
+
+
 def test_synthetic_digits_look_like_mnist_tensors():
     images, labels = synthetic_digits(6000, seed=0)
     assert images.shape == (6000, 28, 28)
@@ -114,6 +162,7 @@ def test_synthetic_digits_of_one_kind_differ():
 
 
 def test_idx_files_are_read_as_they_were_written(small_data, small_splits):
-    for read, written in zip(load_mnist(small_data), small_splits, strict=True):
-        assert torch.equal(read[0], written[0])
-        assert torch.equal(read[1], written[1])
+    for train, written in zip((True, False), small_splits, strict=True):
+        images, labels = load_mnist(small_data, train)
+        assert torch.equal(images, written[0])
+        assert torch.equal(labels, written[1])

@@ -165,7 +165,8 @@ def test_two_epochs_of_real_mnist_reach_95_percent(flags, real_mnist):
     history = []
     torch.set_num_threads(os.cpu_count())
     try:
-        fit(flags("--epochs", 2), *load_mnist(real_mnist), history)
+        splits = load_mnist(real_mnist, train=True), load_mnist(real_mnist, train=False)
+        fit(flags("--epochs", 2), *splits, history)
     finally:
         torch.set_num_threads(1)
     assert history[-1].test_accuracy >= 95
