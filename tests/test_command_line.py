@@ -272,6 +272,18 @@ def test_a_signal_stops_at_once_and_says_how_far_it_came(small_data, number, sta
     assert errors.count("\n") == 1
 
 
+def test_a_reader_of_the_output_that_goes_away_ends_the_run_without_a_traceback(
+    small_data,
+):
+    with start_long_run(small_data) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait(timeout=20)
+    assert process.returncode == 1
+    assert "stdout was closed" in errors
+    assert errors.count("\n") == 1
+
+
 def test_ctrl_c_while_libraries_load_ends_without_a_traceback(tmp_path):
     with start_script("--synthetic", cwd=tmp_path) as process:
         time.sleep(0.5)
