@@ -793,6 +793,7 @@ def main():
     if ranks > 1:
         gathered = [None] * ranks
         distributed.all_gather_object(gathered, outcomes)
+        distributed.destroy_process_group()  # its threads could abort the exit
         outcomes = sorted(itertools.chain(*gathered), key=lambda pair: pair[0]["seed"])
     if rank == 0 and args.runs > 1:
         total = statistics_of(*zip(*outcomes), splits[1][1].cpu())
