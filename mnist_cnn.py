@@ -803,10 +803,8 @@ def main():
         print(f"{line}, mean and 95 % interval of the final accuracy")
         if folder:
             write(folder / "result.json", total)
-    where = "held-out" if args.holdout else "test"
-    print(
-        f"The final accuracy is the result; the best was picked on the {where} images."
-    )
+    kind = "held-out" if args.holdout else "test"
+    print(f"The final accuracy is the result; the best was picked on {kind} images.")
     if folder:
         print(f"See {folder}")
 

@@ -36,7 +36,7 @@ def test_a_run_prints_header_rows_and_result(run, small_data):
         r"epochs to 99\.0 +([12]|None)",
         r"seconds to 99\.4 +(\d+\.?\d*|None)",
         r"seconds +\d+\.?\d*",
-        r"The final accuracy is the result; the best was picked on the test images\.",
+        r"The final accuracy is the result; the best was picked on test images\.",
     ):
         assert re.search(f"^{line}$", process.stdout, re.MULTILINE), line
 

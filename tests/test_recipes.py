@@ -96,7 +96,7 @@ def test_with_a_holdout_the_test_set_is_not_read(
     process = call(*flags, "--holdout", 100, "--out", tmp_path / "run")
     assert process.returncode == 0, process.stderr
     assert "last 100 training images" in process.stdout
-    assert "the best was picked on the held-out images" in process.stdout
+    assert "the best was picked on held-out images" in process.stdout
 
 
 def test_without_a_holdout_training_has_all_images(flags, small_data):
