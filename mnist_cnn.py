@@ -296,17 +296,21 @@ def plain_batches(images, batch_size):
 
 
 @torch.no_grad()
-def predict(model, images, batch_size, moves=((0, 0),)):
-    """Return the log-probabilities (N, 10) of the digits in uint8 images (N, 28, 28).
-
-    They are of the probabilities' mean over the images moved by each of the moves.
-    """
+def predict(model, images, batch_size):
+    """Return the log-probabilities (N, 10) of the digits in uint8 images (N, 28, 28)."""
     model.eval()
-    outputs = []
-    for x, y in moves:
-        batches = plain_batches(F.pad(images, (x, -x, y, -y)), batch_size)
-        outputs.append(torch.cat([model(batch) for batch in batches]))
-    return torch.stack(outputs).logsumexp(dim=0) - math.log(len(moves))
+    return torch.cat([model(batch) for batch in plain_batches(images, batch_size)])
+
+
+def predict_moved(model, images, batch_size, moves):
+    """Return ``predict``, averaged over the images moved by (right, down) pixels each."""
+    moved = [F.pad(images, (x, -x, y, -y)) for x, y in moves]
+    return average([predict(model, pixels, batch_size) for pixels in moved])
+
+
+def average(outputs):
+    """Return the log of the mean of the probabilities in log-probabilities (N, 10)."""
+    return torch.stack(outputs).logsumexp(dim=0) - math.log(len(outputs))
 
 
 def score(output, labels):
@@ -352,7 +356,7 @@ def fit(args, training_split, test_split, history, folder=None):
         with reading(checkpoint) as state:
             restore(args, parts, history, state)
     print("\n".join([HEADER, *(ROW.format(*row) for row in history)]))
-    steps = math.ceil(len(training_split[0]) / args.batch_size)
+    steps = parts["scheduler"].total_steps // args.epochs
     quiet = True if os.environ.get("RANK", "0") != "0" else None  # None: no terminal
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -491,7 +495,7 @@ def statistics_of(results, outputs, labels):
         averages = [result["tta_accuracy"] for result in results]
         total["tta_accuracy"] = statistics.mean(averages)
         total["tta_interval_95"] = interval_95(averages)
-    _, averaged = score(torch.stack(outputs).logsumexp(dim=0), labels)
+    _, averaged = score(average(outputs), labels)
     return {**total, "models_averaged_accuracy": averaged, "runs": results}
 
 
@@ -733,7 +737,7 @@ def run_seed(args, splits, history, folder):
         result = result_of(args.seed, history, output, labels)
         if args.tta:
             moves = (0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)
-            moved = predict(model, images, args.test_batch_size, moves)
+            moved = predict_moved(model, images, args.test_batch_size, moves)
             result["tta_accuracy"] = score(moved, labels)[1]
     show(result)
     if folder and not done:

@@ -179,7 +179,7 @@ def test_test_time_augmentation_is_the_mean_probability_over_the_moves():
     image = torch.zeros(1, 28, 28, dtype=torch.uint8)
     image[0, 5, 10] = 255
     moves = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
-    output = mnist_cnn.predict(BrightestColumn(column), image, 1, moves)
+    output = mnist_cnn.predict_moved(BrightestColumn(column), image, 1, moves)
     mean = (3 * 0.2 + 0.6 + 0.9) / 5  # up and down it stays in its column
     torch.testing.assert_close(output, torch.tensor([[mean, 1 - mean]]).log())
 
@@ -193,7 +193,7 @@ def test_a_moved_image_is_black_where_it_came_from():
             seen.append(pixels[0, 0])
             return torch.zeros(1, 10)
 
-    mnist_cnn.predict(Spy(), white, 1, [(1, 0), (0, -1)])
+    mnist_cnn.predict_moved(Spy(), white, 1, [(1, 0), (0, -1)])
     black = mnist_cnn.normalise(torch.zeros(1))
     right, up = seen
     assert (right == black).nonzero()[:, 1].tolist() == [0] * 28
