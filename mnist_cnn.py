@@ -62,7 +62,7 @@ Epoch = namedtuple(
     "epoch learning_rate train_loss train_accuracy test_loss test_accuracy seconds",
 )
 # What a recipe changes in the defaults of the flags; a flag that is given wins.
-BETTER = {"nesterov": True, "weight_decay": 5e-4, "dropout": 0.0, "precise_bn": True}
+BETTER = {"weight_decay": 5e-4, "dropout": 0.0, "precise_bn": True}
 RECIPES = {
     "reference": {},
     "best": {**BETTER, "lr": 0.2, "rotation": 10.0, "shift": 1.5},
@@ -302,8 +302,9 @@ def predict(model, images, batch_size):
     return torch.cat([model(batch) for batch in plain_batches(images, batch_size)])
 
 
-def predict_moved(model, images, batch_size, moves):
-    """Return ``predict``, averaged over the images moved by (right, down) pixels each."""
+def predict_moved(model, images, batch_size):
+    """Return ``predict``, averaged over nine positions: up to one pixel off on each axis."""
+    moves = itertools.product((-1, 0, 1), repeat=2)
     moved = [F.pad(images, (x, -x, y, -y)) for x, y in moves]
     return average([predict(model, pixels, batch_size) for pixels in moved])
 
@@ -325,11 +326,7 @@ def prepare(args, images):
     torch.backends.cudnn.deterministic = True  # else the same seed could differ
     model = make_model(args.dropout, args.device, args.precision)
     optimizer = torch.optim.SGD(
-        model.parameters(),
-        args.lr,
-        args.momentum,
-        weight_decay=args.weight_decay,
-        nesterov=args.nesterov and args.momentum > 0,  # without momentum no difference
+        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
     )
     steps = args.epochs * math.ceil(images / args.batch_size)
     warm_up = args.pct_start * steps
@@ -608,8 +605,6 @@ def parse_arguments(arguments=None):
     add("--test-batch-size", 1000, size, "images in a test batch")
     add("--lr", 0.015, number(1e-9, 1e9), "maximum learning rate, see OneCycleLR")
     add("--momentum", 0.9, number(0, 0.9999), "momentum of SGD, the same throughout")
-    either = {"action": argparse.BooleanOptionalAction, "default": False}
-    switch("--nesterov", **either, help="take the momentum from one step ahead")
     add("--weight-decay", 1e-4, number(0, 1e9), "L2 penalty on every parameter")
     add("--dropout", 0.05, number(0, 0.99), "probability of dropping an activation")
     add("--rotation", 7.0, number(0, 180), "largest random turn, in degrees")
@@ -617,6 +612,7 @@ def parse_arguments(arguments=None):
     add("--pct-start", 0.2, number(0, 0.99), "fraction of the run in which lr rises")
     add("--div-factor", 10.0, number(1, 1e9), "maximum lr / lr at the start")
     add("--final-div-factor", 100.0, number(1, 1e9), "lr at start / lr at the end")
+    either = {"action": argparse.BooleanOptionalAction, "default": False}
     switch("--precise-bn", **either, help="end with BatchNorm statistics of all images")
     add("--seed", 1, number(0, 2**32 - 1, int), "fixes all random numbers")
     add("--holdout", 0, number(0, 59_999, int), "training images to test on instead")
@@ -627,7 +623,7 @@ def parse_arguments(arguments=None):
     add("--out", None, str, "new folder for what the run leaves; else runs/<now>")
     add("--resume", None, str, "folder of a stopped run to go on with, flags and all")
     add("--evaluate", None, str, "file of weights to test, without training")
-    switch("--tta", action="store_true", help="also test five positions, averaged")
+    switch("--tta", action="store_true", help="also test nine positions, averaged")
     switch("--synthetic", action="store_true", help="train on digits rendered here")
     switch("--dry-run", action="store_true", help="one training and one test batch")
     defaults = vars(parser.parse_args([]))
@@ -736,8 +732,7 @@ def run_seed(args, splits, history, folder):
     else:
         result = result_of(args.seed, history, output, labels)
         if args.tta:
-            moves = (0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)
-            moved = predict_moved(model, images, args.test_batch_size, moves)
+            moved = predict_moved(model, images, args.test_batch_size)
             result["tta_accuracy"] = score(moved, labels)[1]
     show(result)
     if folder and not done:

@@ -83,7 +83,7 @@ def test_help_gives_each_flag_with_its_default(call):
         "--test-batch-size": 1000,
         "--lr": 0.015,
         "--momentum": 0.9,
-        "--no-nesterov": False,
+        "--no-precise-bn": False,
         "--weight-decay": 0.0001,
         "--dropout": 0.05,
         "--rotation": 7.0,
