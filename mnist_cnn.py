@@ -305,7 +305,7 @@ def predict(model, images, batch_size):
 def predict_moved(model, images, batch_size):
     """Return ``predict``, averaged over nine positions: up to one pixel off on each axis."""
     moves = itertools.product((-1, 0, 1), repeat=2)
-    moved = [F.pad(images, (x, -x, y, -y)) for x, y in moves]
+    moved = (F.pad(images, (x, -x, y, -y)) for x, y in moves)  # one at a time
     return average([predict(model, pixels, batch_size) for pixels in moved])
 
 

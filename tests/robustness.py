@@ -43,7 +43,8 @@ def accuracies(run, variants, labels):
     result = []
     for path in sorted(Path(run).glob("**/final.pt")):
         model = mnist_cnn.make_model(0, "cpu")
-        model.load_state_dict(torch.load(path, weights_only=True))
+        with mnist_cnn.reading(path) as state:
+            model.load_state_dict(state)
         outputs = [mnist_cnn.predict(model, images, 1000) for images in variants]
         scores = [mnist_cnn.score(output, labels)[1] for output in outputs]
         result.append(statistics.mean(scores))
@@ -63,6 +64,9 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
+    for run in args.runs:
+        if not any(Path(run).glob("**/final.pt")):
+            mnist_cnn.fail(f"{run} has no final.pt: give the folder of a finished run")
     images, labels = mnist_cnn.load_mnist(args.data_dir, train=False)
     print(f"| test images | {' | '.join(Path(run).name for run in args.runs)} |")
     print("| --- |" + " ---: |" * len(args.runs))

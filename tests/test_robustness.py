@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from robustness import CHANGES, accuracies, cell, changed
+from robustness import CHANGES, accuracies, cell, changed, main
 
 import mnist_cnn
 
@@ -38,6 +38,26 @@ def test_accuracy_is_the_mean_over_the_variants_for_each_model(
         outputs = [mnist_cnn.predict(model, variant, 200) for variant in variants]
         expected.append(sum(mnist_cnn.score(out, labels)[1] for out in outputs) / 2)
     assert accuracies(tmp_path, variants, labels) == pytest.approx(expected, abs=0.5)
+
+
+def test_a_folder_without_models_and_a_damaged_model_end_in_one_line(
+    monkeypatch, capsys, small_data, tmp_path
+):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(
+        "sys.argv", ["robustness.py", str(folder), "--data-dir", str(small_data)]
+    )
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    missing = capsys.readouterr().err
+    folder.mkdir()
+    (folder / "final.pt").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    damaged = capsys.readouterr().err
+    assert "no final.pt" in missing
+    assert "final.pt" in damaged
+    assert missing.count("\n") == damaged.count("\n") == 1
 
 
 def test_a_cell_gives_mean_and_interval_of_several_models_only():
