@@ -626,11 +626,10 @@ def parse_arguments(arguments=None):
     switch("--tta", action="store_true", help="also test nine positions, averaged")
     switch("--synthetic", action="store_true", help="train on digits rendered here")
     switch("--dry-run", action="store_true", help="one training and one test batch")
-    defaults = vars(parser.parse_args([]))
-    unset = argparse.Namespace(**dict.fromkeys(defaults))  # shows which flags are given
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
     given = vars(parser.parse_args(arguments, unset)).items()
     given = {flag: value for flag, value in given if value is not None}
-    saved = {}
+    parser.set_defaults(**RECIPES[given.get("recipe", "reference")])
     if "resume" in given:
         config = Path(given["resume"], "config.json")
         with reading(config) as content:
@@ -639,8 +638,12 @@ def parse_arguments(arguments=None):
             if given[flag] != saved.get(flag):
                 name = f"--{flag.replace('_', '-')} {given[flag]}"
                 parser.error(f"{name} contradicts {saved.get(flag)} in {config}")
-    recipe = RECIPES[{**defaults, **saved, **given}["recipe"]]
-    args = argparse.Namespace(**{**defaults, **recipe, **saved, **given})
+        parser.error = lambda message: fail(f"{config}: {message}", status=2)
+        for flag, value in saved.items():
+            if value is not None:  # text is checked as if it were typed
+                text = value if isinstance(value, bool) else str(value)
+                parser.set_defaults(**{flag: text})
+    args = parser.parse_args(arguments)
     if args.evaluate and args.runs > 1:
         parser.error("--runs trains several models, --evaluate none: leave one out")
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]

@@ -478,6 +478,23 @@ def test_a_damaged_config_is_named(error_of, tmp_path):
     assert "config.json" in error_of("--resume", tmp_path, status=1)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"), [("epochs", -5), ("epochs", [2]), ("lr", "a"), ("seed", 1.5)]
+)
+def test_a_value_changed_in_a_config_is_checked_like_a_flag(
+    one_run, tmp_path, flag, value, capsys
+):
+    config = json.loads((one_run / "config.json").read_text())
+    config["flags"][flag] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as end:
+        mnist_cnn.parse_arguments(["--resume", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert f"config.json: argument --{flag}: '{value}' is not a" in error
+    assert error.count("\n") == 1
+
+
 def start_on_a_full_disk(limit, *flags, **options):
     """Start the script where no file can grow beyond so many bytes."""
 
