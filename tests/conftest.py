@@ -1,8 +1,8 @@
-"""What the tests share: the script as a subprocess, small IDX files, the real MNIST."""
+"""What the tests share: the script as a command, small IDX files, the real MNIST."""
 
 import contextlib
+import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -14,17 +14,13 @@ from torchvision.datasets import MNIST
 
 import mnist_cnn
 
-# One thread, here and in the scripts that the tests start: their results are compared bit
-# for bit, which takes the same number, and two scripts at a time would fight for the cores.
+# One thread, here and in the scripts that the tests start: results are compared bit for
+# bit, which takes the same number, and two scripts at a time would fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 SCRIPT = Path(mnist_cnn.__file__).resolve()
 ARCHIVES = [name for name, _ in MNIST.resources]
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU")
 
 
 def pytest_collection_modifyitems(items):
@@ -34,28 +30,24 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
-def start_script(*flags, cwd, **options):
-    """Start the script in a folder and return the process; its output is text."""
+def start(*flags, cwd, env=None, **options):
+    """Start the command in a folder and return the process; its output is text."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, flags)],
         cwd=cwd,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})},
-        **{
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "text": True,
-            **options,
-        },
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+        **{**pipes, **options},
     )
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Run the script in an empty folder and return the finished process."""
+    """Run the command as a process in an empty folder; return the finished process."""
 
     def run_script(*flags, **options):
-        with start_script(*flags, cwd=tmp_path, **options) as process:
-            output, errors = process.communicate(timeout=120)
+        with start(*flags, **{"cwd": tmp_path, **options}) as process:
+            output, errors = process.communicate(timeout=300)
         return subprocess.CompletedProcess(flags, process.returncode, output, errors)
 
     return run_script
@@ -63,13 +55,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """Run main() in this process and an empty folder; return status, output and errors.
-
-    It is ``run`` without the seconds that loading the libraries anew takes.
-    """
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    """Do what ``run`` does in this process, without the seconds that the imports take."""
 
     def call_main(*flags):
         monkeypatch.chdir(tmp_path)
@@ -77,29 +63,22 @@ def call(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         status = 0
         try:
-            mnist_cnn.main()
+            mnist_cnn.main(sys.argv[1:])
         except SystemExit as end:
             status = end.code
         output, errors = capsys.readouterr()
         return subprocess.CompletedProcess(flags, status, output, errors)
 
-    yield call_main
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return call_main
 
 
-@pytest.fixture
-def error_of(call):
-    """Run main() with bad input and return its one line of stderr."""
-
-    def one_line(*flags, status):
-        process = call(*flags)
-        assert process.returncode == status
-        assert process.stderr.startswith("mnist_cnn.py: error: ")
-        assert process.stderr.count("\n") == 1
-        return process.stderr
-
-    return one_line
+def assert_one_line(process, status, *parts):
+    """Whether a process ended with one line on stderr that holds these parts."""
+    assert process.returncode == status, process.stderr
+    assert process.stderr.startswith("mnist_cnn.py: error: ")
+    assert process.stderr.count("\n") == 1
+    for part in parts:
+        assert str(part) in process.stderr
 
 
 @pytest.fixture
@@ -109,45 +88,71 @@ def no_network(monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
-def write_idx(folder, splits):
-    """Write (images, labels) splits as the four unpacked files of MNIST under folder."""
+def write_idx(folder, datasets):
+    """Write (images, labels) datasets as the four unpacked files of MNIST."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name, (images, labels) in zip(("train", "t10k"), splits, strict=True):
+    for name, (images, labels) in zip(("train", "t10k"), datasets, strict=True):
         pixels = struct.pack(">4i", 2051, *images.shape) + images.numpy().tobytes()
         (raw / f"{name}-images-idx3-ubyte").write_bytes(pixels)
         digits = struct.pack(">2i", 2049, len(labels)) + labels.byte().numpy().tobytes()
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(digits)
-    return raw
+    return folder
 
 
 @pytest.fixture(scope="session")
-def small_splits():
+def datasets():
     """600 training and 200 test digits."""
-    digits = mnist_cnn.synthetic_digits
-    return digits(600, seed=0), digits(200, seed=1)
-
-
-@pytest.fixture
-def small_data(tmp_path, small_splits):
-    """A --data-dir that holds the small splits as IDX files."""
-    write_idx(tmp_path / "small", small_splits)
-    return tmp_path / "small"
-
-
-@pytest.fixture
-def flags():
-    """The parsed flags of a command line, on the CPU."""
-
-    def parse(*arguments):
-        arguments = [str(argument) for argument in arguments]
-        return mnist_cnn.parse_arguments(["--device", "cpu", *arguments])
-
-    return parse
+    return mnist_cnn.synthetic_digits(600, 0), mnist_cnn.synthetic_digits(200, 1)
 
 
 @pytest.fixture(scope="session")
-def real_mnist(tmp_path_factory):
+def data(datasets, tmp_path_factory):
+    """A --data-dir that holds them as IDX files."""
+    return write_idx(tmp_path_factory.mktemp("data"), datasets)
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """The finished folder of three seeds, 5 to 7, of two epochs, and what was printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--batch-size", 64]
+    flags += ["--runs", 3, "--seed", 5, "--tta", "--out", "run"]
+    with start(*flags, cwd=folder) as process:
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return folder / "run", output
+
+
+def tensors(path):
+    return torch.load(path, weights_only=True)
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def metrics(folder):
+    """The rows of metrics.csv but for the seconds, which no two runs share."""
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    return [line.rsplit(",", 1)[0] for line in lines]
+
+
+def assert_same_weights(first, second):
+    first, second = (tensors(folder / "final.pt") for folder in (first, second))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def assert_same_run(first, second):
+    """Whether two seed folders agree bit for bit."""
+    assert metrics(first) == metrics(second)
+    assert_same_weights(first, second)
+
+
+@pytest.fixture(scope="session")
+def real_mnist():
     """A --data-dir with the real MNIST: MNIST_DIR, else data/, else a download."""
     if "MNIST_DIR" in os.environ:
         folder = Path(os.environ["MNIST_DIR"])
