@@ -421,7 +421,7 @@ def draw_report(path, history, images, labels, output):
     probability, predicted = output.exp().max(dim=1)
     counts = torch.bincount(labels * 10 + predicted, minlength=100).view(10, 10)
     axis = left.subplots()
-    axis.imshow(counts - counts.diag().diag(), cmap="Oranges")
+    axis.imshow((counts - counts.diag().diag()).numpy(), cmap="Oranges")
     axis.set(xlabel="predicted digit", ylabel="true digit", title="confusion matrix")
     axis.set(xticks=range(10), yticks=range(10))
     for true, other in counts.nonzero().tolist():
@@ -431,7 +431,7 @@ def draw_report(path, history, images, labels, output):
     for axis, index in zip(right.subplots(3, 4).flat, order):
         axis.axis("off")
         if predicted[index] != labels[index]:
-            axis.imshow(images[index], cmap="gray_r")
+            axis.imshow(images[index].numpy(), cmap="gray_r")
             title = f"{labels[index]} as {predicted[index]}, {probability[index]:.0%}"
             axis.set_title(title, fontsize=10)
     figure.savefig(buffer := io.BytesIO(), format="png")
@@ -685,6 +685,8 @@ def test(args, model, history, test_set, folder):
     digits = {d: loss_and_accuracy(output[m], labels[m])[1] for d, m in masks.items()}
     print("digit   ", *(f"{digit:>6}" for digit in digits))
     print("accuracy", *(f"{x:6.2f}" for x in digits.values()), flush=True)
+    if folder and history:
+        save(folder / "final.pt", model.state_dict())
     if folder:
         save(folder / "result.json", result | {"accuracy_by_digit": digits})
         tensors = (tensor.cpu() for tensor in (images, labels, output))
@@ -701,8 +703,6 @@ def run_seed(args, seed, datasets, folder):
         return result
     print(f"Seed {seed}")
     model, history = train(args, seed, *datasets, folder)
-    if folder:
-        save(folder / "final.pt", model.state_dict())
     return test(args, model, history, datasets[1], folder)
 
 

@@ -95,7 +95,7 @@ def test_a_terminal_shows_a_bar_with_loss_and_accuracy(data, tmp_path):
     controller, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     flags = ["--data-dir", data, "--epochs", 1, "--batch-size", 1]
-    with start(*flags, cwd=tmp_path, stdout=terminal, stderr=terminal) as process:
+    with start(*flags, cwd=tmp_path, stdout=terminal, stderr=terminal):
         os.close(terminal)
         shown = b""
         with contextlib.suppress(OSError):  # Linux's word for the end
@@ -152,7 +152,8 @@ QUICK |= {"rotation": 5, "shift": 0.5}
 
 @pytest.mark.parametrize(("recipe", "changes"), [("best", BEST), ("quick", QUICK)])
 def test_help_gives_the_defaults_of_a_recipe(call, recipe, changes):
-    text = " ".join(call("--recipe", recipe, "--help").stdout.split())
+    text = call("--recipe", recipe, "--help").stdout
+    text = " ".join(text[text.index("options:") :].split())
     for name, default in changes.items():
         flag = f"--{name.replace('_', '-')}"
         found = re.search(rf"{flag}\b[^()]*\(default: ([^)]*)\)", text)[1]
