@@ -10,7 +10,6 @@ import functools
 import itertools
 import multiprocessing
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -73,18 +72,14 @@ def usual_loop(args, workers):
 def this_script(args, *flags):
     """Return a function that trains for some steps as the script does with the flags."""
     flags = mnist_cnn.parse_arguments(["--device", args.device, *flags])
-    training_split = mnist_cnn.load_mnist(args.data_dir, train=True)
-    training_split = [part.to(args.device) for part in training_split]
-    parts = mnist_cnn.prepare(flags, IMAGES)
-    epochs = iter(
-        lambda: mnist_cnn.training_batches(*training_split, BATCH_SIZE, 7), None
-    )
+    train_set = mnist_cnn.load_mnist(args.data_dir, train=True)
+    train_set = [part.to(args.device) for part in train_set]
+    parts = mnist_cnn.make_training(flags, 1, IMAGES)
+    epochs = iter(lambda: mnist_cnn.train_batches(*train_set, BATCH_SIZE, 7, 0), None)
     batches = itertools.chain.from_iterable(epochs)
 
     def run(steps):
-        with mnist_cnn.tqdm(disable=True) as bar:
-            block = itertools.islice(batches, steps)
-            mnist_cnn.train(**parts, batches=block, bar=bar)
+        mnist_cnn.train_epoch(*parts, itertools.islice(batches, steps), steps)
 
     return run
 
@@ -97,6 +92,17 @@ VARIANTS = {
 }
 
 
+def peak_megabytes(device):
+    """Return the most memory that this process had so far; on Windows not a number."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # kB on Linux
+
+
 def serve(name, args, connection):
     """Run blocks of a variant's steps on request; answer with ms a step and peak MB."""
     torch.manual_seed(1)
@@ -107,9 +113,7 @@ def serve(name, args, connection):
         start = time.perf_counter()
         run(steps)  # ends with .item(), so the device has finished too
         milliseconds = 1000 * (time.perf_counter() - start) / steps
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # MB on Linux
-        if args.device.startswith("cuda"):
-            peak = torch.cuda.max_memory_allocated() / 1e6
+        peak = peak_megabytes(args.device)
         connection.send((milliseconds, peak))
 
 

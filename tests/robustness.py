@@ -1,7 +1,7 @@
-"""Test saved models on turned and moved test images: python tests/robustness.py RUN...
+"""Test saved models on rotated and shifted test images: python tests/robustness.py RUN...
 
 RUN is the folder that `mnist_cnn.py --runs N` left. The table gives the mean accuracy of
-its models in % and the 95 % interval. It is no test: nothing passes or fails here.
+its models in % and the 95 % confidence interval. It is no test: nothing passes or fails.
 """
 
 import argparse
@@ -18,45 +18,45 @@ import mnist_cnn
 # Each change is a list of (degrees counter-clockwise, pixels to the right, pixels down).
 SIDES = [(0, 2, 0), (0, -2, 0), (0, 0, 2), (0, 0, -2)]
 CORNERS = [(0, x, y) for x in (-2, 2) for y in (-2, 2)]
+BOTH = [(degrees, x, y) for degrees in (15, -15) for _, x, y in CORNERS]
 CHANGES = {
     "as they are": [(0, 0, 0)],
-    "turned by 15° either way": [(15, 0, 0), (-15, 0, 0)],
-    "moved by 2 pixels to each side": SIDES,
-    "moved by 2 pixels to each corner": CORNERS,
-    "turned by 15° and moved to each corner": [
-        (degrees, x, y) for degrees in (15, -15) for _, x, y in CORNERS
-    ],
+    "rotated by 15° either way": [(15, 0, 0), (-15, 0, 0)],
+    "shifted by 2 pixels to each side": SIDES,
+    "shifted by 2 pixels to each corner": CORNERS,
+    "rotated by 15° and shifted to each corner": BOTH,
 }
 
 
 def changed(images, degrees, right, down):
-    """Return uint8 images (N, 28, 28), moved and turned."""
+    """Return uint8 images (N, 28, 28), shifted and rotated."""
     count = len(images)
-    move = torch.tensor([[right, down]]).float().expand(count, 2)
-    matrices = mnist_cnn.affine_matrices(torch.full((count,), float(degrees)), move)
-    pixels = mnist_cnn.warp(images.unsqueeze(1).float(), matrices)
+    shifts = torch.tensor([[right, down]]).float().expand(count, 2)
+    degrees = torch.full((count,), float(degrees))
+    pixels = mnist_cnn.affine(images.unsqueeze(1).float(), degrees, shifts)
     return pixels.squeeze(1).round().byte()
 
 
 def accuracies(run, variants, labels):
     """Return for each model of a run the mean accuracy over variants of the images."""
-    result = []
-    for path in sorted(Path(run).glob("**/final.pt")):
-        model = mnist_cnn.make_model(0, "cpu")
-        with mnist_cnn.reading(path) as state:
-            model.load_state_dict(state)
+    means = []
+    for path in sorted(Path(run).glob("seed-*/final.pt")):
+        model = mnist_cnn.make_model(0, "cpu", "fp32")
+        with mnist_cnn.failing_with(f"cannot use {path}"):
+            model.load_state_dict(mnist_cnn.load(path))
         outputs = [mnist_cnn.predict(model, images, 1000) for images in variants]
-        scores = [mnist_cnn.score(output, labels)[1] for output in outputs]
-        result.append(statistics.mean(scores))
-    return result
+        scores = [mnist_cnn.loss_and_accuracy(output, labels)[1] for output in outputs]
+        means.append(statistics.mean(scores))
+    return means
 
 
 def cell(values):
     """Return "mean ± interval", or the one value of a single model."""
-    mean = f"{statistics.mean(values):.2f}"
-    if len(values) == 1:
+    mean, n = f"{statistics.mean(values):.2f}", len(values)
+    if n == 1:
         return mean
-    return f"{mean} ± {mnist_cnn.interval_95(values):.2f}"
+    half_width = mnist_cnn.student_t(n - 1) * statistics.stdev(values) / n**0.5
+    return f"{mean} ± {half_width:.2f}"
 
 
 def main():
@@ -65,13 +65,15 @@ def main():
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
     for run in args.runs:
-        if not any(Path(run).glob("**/final.pt")):
-            mnist_cnn.fail(f"{run} has no final.pt: give the folder of a finished run")
+        if not any(Path(run).glob("seed-*/final.pt")):
+            mnist_cnn.fail(
+                f"{run} has no seed-*/final.pt: give a finished run's folder"
+            )
     images, labels = mnist_cnn.load_mnist(args.data_dir, train=False)
     print(f"| test images | {' | '.join(Path(run).name for run in args.runs)} |")
     print("| --- |" + " ---: |" * len(args.runs))
-    for name, moves in CHANGES.items():
-        variants = [changed(images, *move) for move in moves]
+    for name, changes in CHANGES.items():
+        variants = [changed(images, *change) for change in changes]
         cells = [cell(accuracies(run, variants, labels)) for run in args.runs]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

@@ -1,31 +1,32 @@
-"""On an NVIDIA GPU: the same seed, the same weights; the same step as the CPU's."""
+"""On an NVIDIA GPU: the same seed, the same weights; resumed too; the CPU's step."""
 
 import pytest
 import torch
+from conftest import assert_same_run
 
-from mnist_cnn import fit, make_model, parse_arguments
+from mnist_cnn import make_model
 
 pytestmark = pytest.mark.cuda
 
 
-def test_the_same_seed_gives_the_same_weights(small_splits):
-    splits = [[part.cuda() for part in split] for split in small_splits]
-    args = parse_arguments(["--device", "cuda", "--epochs", "2"])
-    first, second = (fit(args, *splits, []).state_dict() for _ in range(2))
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_the_same_command_gives_the_same_weights(call, data, tmp_path, device):
+    flags = ["--data-dir", data, "--device", device, "--epochs", 2, "--out"]
+    for folder in ("first", "second"):
+        assert call(*flags, folder).returncode == 0
+    assert_same_run(tmp_path / "first" / "seed-1", tmp_path / "second" / "seed-1")
 
 
 def test_one_training_step_agrees_with_the_cpu():
     torch.manual_seed(0)
-    pixels, labels = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
-    start = make_model(0, "cpu").state_dict()
+    inputs, labels = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
+    start = make_model(0, "cpu", "fp32").state_dict()
     stepped = []
     for device in ("cpu", "cuda"):
-        model = make_model(0, device)
+        model = make_model(0, device, "fp32")
         model.load_state_dict(start)
         optimizer = torch.optim.SGD(model.parameters(), 0.015, 0.9, weight_decay=1e-4)
-        output = model(pixels.to(device))
+        output = model(inputs.to(device))
         torch.nn.functional.nll_loss(output, labels.to(device)).backward()
         optimizer.step()
         stepped.append([p.detach().cpu() for p in model.parameters()])

@@ -4,16 +4,14 @@ import math
 
 import pytest
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import affine, rotate
+from torchvision.transforms import InterpolationMode, functional
 
 from mnist_cnn import (
-    affine_matrices,
+    affine,
     load_mnist,
     normalise,
     synthetic_digits,
-    training_batches,
-    warp,
+    train_batches,
 )
 
 
@@ -23,32 +21,32 @@ def numbered_images(count):
     return numbers.byte().view(-1, 1, 1).expand(count, 28, 28), numbers
 
 
-def test_rotation_agrees_with_torchvision(small_splits):
-    pixels = small_splits[0][0][:200].unsqueeze(1).float() / 255
+def test_rotation_agrees_with_torchvision(datasets):
+    pixels = datasets[0][0][:200].unsqueeze(1).float() / 255
     torch.manual_seed(0)
     degrees = torch.cat([torch.empty(180).uniform_(-180, 180), torch.arange(-10, 10)])
-    turned = warp(pixels, affine_matrices(degrees, torch.zeros(200, 2)))
-    for image, angle, mine in zip(pixels, degrees.tolist(), turned, strict=True):
-        expected = rotate(image, angle, InterpolationMode.BILINEAR)
+    rotated = affine(pixels, degrees, torch.zeros(200, 2))
+    for image, angle, mine in zip(pixels, degrees.tolist(), rotated, strict=True):
+        expected = functional.rotate(image, angle, InterpolationMode.BILINEAR)
         torch.testing.assert_close(mine, expected, atol=1e-3, rtol=0)
 
 
-def test_a_move_and_then_a_turn_agree_with_torchvision(small_splits):
-    pixels = small_splits[0][0][:200].unsqueeze(1).float() / 255
+def test_a_shift_and_then_a_rotation_agree_with_torchvision(datasets):
+    pixels = datasets[0][0][:200].unsqueeze(1).float() / 255
     torch.manual_seed(0)
     degrees = torch.empty(200).uniform_(-180, 180)
-    moves = torch.empty(200, 2).uniform_(-5, 5)
-    mine = warp(pixels, affine_matrices(degrees, moves))
+    shifts = torch.empty(200, 2).uniform_(-5, 5)
+    mine = affine(pixels, degrees, shifts)
     for i, angle in enumerate(degrees.tolist()):
-        # torchvision turns first (and clockwise), so the move turns with the image.
-        x, y = moves[i].double().tolist()
+        # torchvision rotates first (and clockwise), so the shift rotates with the image.
+        x, y = shifts[i].double().tolist()
         cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        turned = [x * cosine + y * sine, y * cosine - x * sine]
+        rotated = [x * cosine + y * sine, y * cosine - x * sine]
         unchanged = {"scale": 1.0, "shear": [0.0]}
-        expected = affine(
+        expected = functional.affine(
             pixels[i],
             -angle,
-            turned,
+            rotated,
             **unchanged,
             interpolation=InterpolationMode.BILINEAR,
         )
@@ -57,7 +55,7 @@ def test_a_move_and_then_a_turn_agree_with_torchvision(small_splits):
 
 def test_rotation_fills_with_black_before_normalising():
     white = torch.full((1, 28, 28), 255, dtype=torch.uint8)
-    ((pixels, _),) = training_batches(white, torch.zeros(1), 1, rotation=180)
+    ((pixels, _),) = train_batches(white, torch.zeros(1), 1, 180, 0)
     black = normalise(torch.zeros(1))
     assert pixels.min() == black
 
@@ -76,7 +74,7 @@ def test_real_training_images_have_zero_mean_and_unit_deviation(real_mnist):
 
 
 def test_an_epoch_shows_each_image_once_with_its_label():
-    batches = list(training_batches(*numbered_images(250), 64, rotation=0))
+    batches = list(train_batches(*numbered_images(250), 64, 0, 0))
     pixels = torch.cat([pixels for pixels, _ in batches])
     labels = torch.cat([labels for _, labels in batches])
     torch.testing.assert_close(pixels[:, 0, 14, 14], normalise(labels.float()))
@@ -84,30 +82,30 @@ def test_an_epoch_shows_each_image_once_with_its_label():
 
 
 def test_the_last_short_batch_is_kept():
-    batches = training_batches(*numbered_images(250), 64, rotation=7)
+    batches = train_batches(*numbered_images(250), 64, 7, 0)
     assert [len(labels) for _, labels in batches] == [64, 64, 64, 58]
 
 
 def test_each_epoch_has_an_order_of_its_own():
     images, labels = numbered_images(250)
     first, second = (
-        torch.cat([batch for _, batch in training_batches(images, labels, 64, 0)])
+        torch.cat([batch for _, batch in train_batches(images, labels, 64, 0, 0)])
         for _ in range(2)
     )
     assert not torch.equal(first, second)
 
 
-def test_each_image_is_turned_by_its_own_angle(small_splits):
-    image = small_splits[0][0][:1].expand(32, 28, 28)
-    ((pixels, _),) = training_batches(image, torch.zeros(32), 32, rotation=7)
+def test_each_image_is_rotated_by_its_own_angle(datasets):
+    image = datasets[0][0][:1].expand(32, 28, 28)
+    ((pixels, _),) = train_batches(image, torch.zeros(32), 32, 7, 0)
     assert len(pixels.flatten(1).unique(dim=0)) == 32
 
 
 def test_angles_fill_the_range_of_the_flag():
-    # A dot 10 pixels right of the centre moves up and down by 10 sin(angle).
+    # A dot 10 pixels right of the centre goes up and down by 10 sin(angle).
     dot = torch.zeros(2000, 28, 28, dtype=torch.uint8)
     dot[:, 13:15, 23:25] = 255
-    ((pixels, _),) = training_batches(dot, torch.zeros(2000), 2000, rotation=30)
+    ((pixels, _),) = train_batches(dot, torch.zeros(2000), 2000, 30, 0)
     weight = pixels - pixels.min()
     rows = (weight.sum(dim=(1, 3)) * torch.arange(28)).sum(1) / weight.sum(
         dim=(1, 2, 3)
@@ -118,28 +116,28 @@ def test_angles_fill_the_range_of_the_flag():
     assert degrees.mean().item() == pytest.approx(0, abs=1.2)  # 3 standard errors
 
 
-def test_moves_fill_the_range_of_the_flag_on_both_axes():
+def test_shifts_fill_the_range_of_the_flag_on_both_axes():
     dot = torch.zeros(2000, 28, 28, dtype=torch.uint8)
     dot[:, 13:15, 13:15] = 255
-    batches = training_batches(dot, torch.zeros(2000), 2000, rotation=0, shift=3)
+    batches = train_batches(dot, torch.zeros(2000), 2000, 0, 3)
     ((pixels, _),) = batches
     weight = pixels - pixels.min()
     for axis in (2, 3):
         profile = weight.sum(dim=5 - axis)[:, 0]
-        moved = (profile * torch.arange(28)).sum(1) / profile.sum(1) - 13.5
-        assert moved.min().item() == pytest.approx(-3, abs=0.1)
-        assert moved.max().item() == pytest.approx(3, abs=0.1)
-        assert moved.mean().item() == pytest.approx(0, abs=0.12)  # 3 standard errors
+        shifted = (profile * torch.arange(28)).sum(1) / profile.sum(1) - 13.5
+        assert shifted.min().item() == pytest.approx(-3, abs=0.1)
+        assert shifted.max().item() == pytest.approx(3, abs=0.1)
+        assert shifted.mean().item() == pytest.approx(0, abs=0.12)  # 3 standard errors
 
 
-def test_ranges_of_zero_leave_the_images_as_they_are(small_splits):
-    batches = training_batches(*small_splits[0], 600, rotation=0, shift=0)
+def test_ranges_of_zero_leave_the_images_as_they_are(datasets):
+    batches = train_batches(*datasets[0], 600, 0, 0)
     ((pixels, labels),) = batches
-    originals = normalise(small_splits[0][0].unsqueeze(1).float())
+    originals = normalise(datasets[0][0].unsqueeze(1).float())
     assert torch.equal(
         pixels.flatten(1).sort(dim=0).values, originals.flatten(1).sort(dim=0).values
     )
-    assert labels.sort().values.tolist() == small_splits[0][1].sort().values.tolist()
+    assert labels.sort().values.tolist() == datasets[0][1].sort().values.tolist()
 
 
 def test_synthetic_digits_look_like_mnist_tensors():
@@ -161,8 +159,8 @@ def test_synthetic_digits_of_one_kind_differ():
     assert len(fives.flatten(1).unique(dim=0)) == len(fives)
 
 
-def test_idx_files_are_read_as_they_were_written(small_data, small_splits):
-    for train, written in zip((True, False), small_splits, strict=True):
-        images, labels = load_mnist(small_data, train)
+def test_idx_files_are_read_as_they_were_written(data, datasets):
+    for train, written in zip((True, False), datasets, strict=True):
+        images, labels = load_mnist(data, train)
         assert torch.equal(images, written[0])
         assert torch.equal(labels, written[1])

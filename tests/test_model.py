@@ -46,10 +46,10 @@ def test_dropout_defaults_to_a_twentieth():
     assert Net().dropout.p == 0.05
 
 
-def test_memory_order_changes_no_result_and_no_gradient():
+def test_memory_format_changes_no_result_and_no_gradient():
     torch.manual_seed(0)
     plain = Net(dropout=0).double()  # float32 sums round differently in another order
-    fast = make_model(0, "cpu").double()
+    fast = make_model(0, "cpu", "fp32").double()
     fast.load_state_dict(plain.state_dict())
     pixels = torch.randn(16, 1, 28, 28).double()
     for model in (plain, fast):
@@ -103,13 +103,9 @@ def test_dropout_stops_the_gradient_where_it_dropped(memory_format):
     torch.testing.assert_close(x.grad, 2 * output.detach())
 
 
-def test_dropout_works_on_a_part_of_a_larger_tensor():
-    torch.manual_seed(0)
-    whole = torch.ones(100, 8, 7, 7)
-    for part in (whole[:, :5], whole[..., ::2], whole[:1].expand(100, 8, 7, 7)):
-        output = Dropout(0.2)(part)
-        assert output.unique().tolist() == [0, 1.25]
-        assert (output == 0).float().mean().item() == pytest.approx(0.2, abs=0.02)
+def test_a_tiny_probability_drops_nothing():
+    x = torch.ones(1000)
+    assert torch.equal(Dropout(1e-18)(x), x)
 
 
 def test_dropout_does_nothing_when_testing():
