@@ -112,9 +112,7 @@ def load_datasets(args):
     if args.holdout:
         if args.holdout >= (count := len(train_set[0])):
             fail(f"--holdout {args.holdout} leaves none of {count} images to train on")
-        print(
-            f"Validation set: the last {args.holdout:,} of {count:,} training images."
-        )
+        print(f"Validation set: the last {args.holdout:,} training images.")
         test_set = [part[-args.holdout :] for part in train_set]
         train_set = [part[: -args.holdout] for part in train_set]
     limits = (args.batch_size, args.test_batch_size) if args.dry_run else (None, None)
@@ -246,9 +244,9 @@ def make_training(args, seed, train_images):
     torch.manual_seed(seed * 10_000)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
     model = make_model(args.dropout, args.device, args.precision)
-    weights = model.parameters()
+    decay = args.weight_decay
     optimizer = torch.optim.SGD(
-        weights, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
+        model.parameters(), args.lr, args.momentum, weight_decay=decay, fused=True
     )
     steps = args.epochs * math.ceil(train_images / args.batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -268,9 +266,7 @@ def train_epoch(model, optimizer, scheduler, batches, steps):
     """Train for an epoch; return its last learning rate, mean loss and accuracy in %."""
     model.train()
     count, loss_sum, correct = 0, 0, 0  # the sums stay on the device
-    bar = tqdm(
-        total=steps, file=sys.stdout, disable=None, leave=False, mininterval=0.25
-    )
+    bar = tqdm(total=steps, file=sys.stdout, disable=None, leave=False)
     for inputs, labels in batches:
         optimizer.zero_grad()
         output = model(inputs)
@@ -283,9 +279,8 @@ def train_epoch(model, optimizer, scheduler, batches, steps):
         loss_sum += loss.detach() * len(labels)
         correct += (output.argmax(dim=1) == labels).sum()
         if bar.update():  # true when it was redrawn: only then wait for the device
-            bar.set_postfix(
-                loss=loss_sum.item() / count, accuracy=correct.item() / count
-            )
+            mean_loss, accuracy = loss_sum.item() / count, correct.item() / count
+            bar.set_postfix(loss=mean_loss, accuracy=accuracy)
     bar.close()
     return learning_rate, loss_sum.item() / count, 100 * correct.item() / count
 
@@ -339,7 +334,7 @@ def train(args, seed, train_set, test_set, folder):
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(
             seed * 10_000 + epoch
-        )  # so no checkpoint needs a random state
+        )  # so a checkpoint needs no random state
         batches = train_batches(*train_set, args.batch_size, args.rotation, args.shift)
         steps = scheduler.total_steps // args.epochs
         trained = train_epoch(model, optimizer, scheduler, batches, steps)
@@ -638,9 +633,8 @@ def make_folder(args, config):
 
 def open_folder(args, arguments, config, where, datasets):
     """Return the folder of a new run, or of the one to resume if its data is the same."""
-    data = zlib.crc32(
-        b"".join(part.cpu().numpy() for pair in datasets for part in pair)
-    )
+    parts = [part.cpu().numpy() for pair in datasets for part in pair]
+    data = zlib.crc32(b"".join(parts))
     if args.resume:
         folder = Path(args.resume)
         if config["data"] != data:
