@@ -311,7 +311,7 @@ def train(args, seed, train_set, test_set, folder):
     print(HEADER.format(f"{args.test_name.lower()} loss"))
     start = time.perf_counter() - (history[-1].seconds if history else 0)
     for epoch in range(len(history) + 1, args.epochs + 1):
-        torch.manual_seed(seed * 10_000 + epoch)  # so none is saved
+        torch.manual_seed(seed * 10_000 + epoch)  # no state to save
         batches = train_batches(*train_set, args.batch_size, args.rotation, args.shift)
         trained = train_epoch(*training, batches, steps)
         if args.precise_bn and epoch == args.epochs:
@@ -564,7 +564,7 @@ def open_folder(args, arguments, saved, where, datasets):
         make_folder(folder, config)
     elif changed := [name for name in flags if flags[name] != saved["flags"][name]]:
         extra = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        fail(f"a resumed run keeps its flags: leave out {extra}", status=2)
+        fail(f"{folder} was trained with other {extra}: leave that out", status=2)
     elif saved["data"] != config["data"]:
         fail(f"{folder} was trained on other data than that in {args.data_dir}")
     elif saved["device"] != where:
@@ -616,7 +616,7 @@ def main(arguments):
     where, folder = print_header(args.device), None
     if rank == 0:
         datasets = load_datasets(args)
-        if not (args.dry_run or args.evaluate):
+        if args.resume or not (args.dry_run or args.evaluate):
             folder = open_folder(args, arguments, saved, where, datasets)
     if ranks > 1:
         distributed.broadcast_object_list(shared := [folder])

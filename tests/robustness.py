@@ -43,7 +43,7 @@ def accuracies(run, variants, labels):
     for path in sorted(Path(run).glob("seed-*/final.pt")):
         model = mnist_cnn.make_model(0, "cpu", "fp32")
         with mnist_cnn.failing_with(f"cannot use {path}"):
-            model.load_state_dict(mnist_cnn.load(path))
+            model.load_state_dict(torch.load(path, weights_only=True))
         outputs = [mnist_cnn.predict(model, images, 1000) for images in variants]
         scores = [mnist_cnn.loss_and_accuracy(output, labels)[1] for output in outputs]
         means.append(statistics.mean(scores))

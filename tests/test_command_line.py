@@ -48,13 +48,13 @@ def test_a_run_prints_header_folder_rows_and_result(run, data):
 
 
 def test_several_seeds_end_with_mean_and_interval(trained):
-    lines = trained[1].splitlines()
+    folder, output = trained
     for seed in (5, 6, 7):
-        assert any(re.match(rf"seed {seed}: \d+\.\d\d %", line) for line in lines)
-    total = result(trained[0])
-    mean, interval = total["accuracy"], total["accuracy_interval"]
-    assert f"Test accuracy {mean:.2f} ± {interval:.2f} %" in lines
-    assert "95 % confidence interval of 3 seeds" in lines[-1]
+        assert re.search(rf"^seed {seed}: \d+\.\d\d % in \d+ s$", output, re.MULTILINE)
+    total = result(folder)["accuracy"]
+    text = f"Test accuracy {total['mean']:.2f} ± {total['interval']:.2f} % "
+    text += "(mean and 95 % confidence interval of 3 seeds, after the last epoch)"
+    assert " ".join(output.split()).endswith(text)
 
 
 def test_a_run_without_torchsummary_works(run, data, tmp_path):
@@ -110,7 +110,7 @@ def test_an_ascii_terminal_gets_the_whole_result(run, data, tmp_path):
     process = run(*flags, env={"PYTHONIOENCODING": "ascii"})
     assert process.returncode == 0, process.stderr
     assert "confidence interval" in process.stdout
-    assert result(tmp_path / "run")["n"] == 2
+    assert result(tmp_path / "run")["seeds"].keys() == {"1", "2"}
 
 
 # Help
@@ -173,28 +173,30 @@ def test_an_explicit_flag_overrides_the_recipe(call, data):
 @pytest.mark.parametrize(
     ("flag", "values", "valid"),
     [
-        ("--epochs", "0 -1 1.5 ten 10000", "int in [1, 10000)"),
-        ("--batch-size", "0 -128 1e3", "int in [1, "),
-        ("--test-batch-size", "0 x", "int in [1, "),
-        ("--lr", "0 -0.1 nan inf x", "float in [1e-09, inf)"),
-        ("--momentum", "1 -0.1 nan", "float in [0, 1)"),
-        ("--weight-decay", "-1e-9 inf nan", "float in [0, inf)"),
-        ("--dropout", "1 -0.1 nan", "float in [0, 1)"),
-        ("--rotation", "-1 nan inf", "float in [0, inf)"),
-        ("--shift", "-0.1 nan", "float in [0, inf)"),
-        ("--pct-start", "1 -0.1 nan", "float in [0, 1)"),
-        ("--div-factor", "0.9 inf nan", "float in [1, inf)"),
-        ("--final-div-factor", "0 inf nan", "float in [1, inf)"),
-        ("--seed", "-1 100000 1.0", "int in [0, 100000)"),
-        ("--holdout", "-1 0.5", "int in [0, "),
-        ("--runs", "0 x", "int in [1, "),
+        ("--epochs", "0 -1 10000", "[1, 10000)"),
+        ("--batch-size", "0 -128", "[1, inf)"),
+        ("--test-batch-size", "0", "[1, inf)"),
+        ("--lr", "-0.1 nan inf", "[0, inf)"),
+        ("--momentum", "1.0 -0.1 nan", "[0, 1)"),
+        ("--weight-decay", "-1e-09 inf nan", "[0, inf)"),
+        ("--dropout", "1.0 -0.1 nan", "[0, 1)"),
+        ("--rotation", "-1.0 nan inf", "[0, inf)"),
+        ("--shift", "-0.1 nan", "[0, inf)"),
+        ("--pct-start", "1.0 -0.1 nan", "[0, 1)"),
+        ("--div-factor", "0.9 inf nan", "[1, inf)"),
+        ("--final-div-factor", "0.0 inf nan", "[1, inf)"),
+        ("--seed", "-1 100000", "[0, 100000)"),
+        ("--holdout", "-1", "[0, inf)"),
+        ("--runs", "0", "[1, 100000)"),
+        ("--epochs", "1.5 ten", "int"),
+        ("--lr", "x", "float"),
         ("--recipe", "fast", "reference"),
         ("--precision", "fp16", "fp32"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_valid(call, flag, values, valid):
     for value in values.split():
-        assert_one_line(call(f"{flag}={value}"), 2, flag, f"'{value}'", valid)
+        assert_one_line(call(f"{flag}={value}"), 2, flag, value, valid)
 
 
 @pytest.mark.parametrize("flag", ["--evaluate", "--resume", "--out", "--data-dir"])
@@ -210,10 +212,6 @@ def test_a_device_that_is_not_there_is_refused(call, device):
 @pytest.mark.parametrize("flag", ["--learning-rate=1", "--epoch=1"])
 def test_an_unknown_or_abbreviated_flag_is_refused(call, flag):
     assert_one_line(call(flag), 2, flag)
-
-
-def test_several_runs_of_an_evaluation_are_refused(call):
-    assert_one_line(call("--evaluate", "x.pt", "--runs", 2), 2, "--runs")
 
 
 def test_bad_input_ends_the_process_too(run):
@@ -302,9 +300,7 @@ def test_with_a_holdout_the_test_set_is_not_read(call, tmp_path, datasets, no_ne
 def test_the_validation_set_is_the_end_of_the_train_set(call, tmp_path, datasets):
     (images, labels), test_set = datasets
     labels = labels.clone()
-    labels[-100:] = (
-        3  # whatever is predicted, only the digit 3 is in the validation set
-    )
+    labels[-100:] = 3  # only this digit is in the validation set
     write_idx(tmp_path / "small", [(images, labels), test_set])
     flags = ["--data-dir", "small", "--epochs", 1, "--out", "run", "--holdout"]
     assert call(*flags, 100).returncode == 0
@@ -381,7 +377,7 @@ def test_a_full_disk_behind_stdout_ends_with_one_line(run, data):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes POSIX descriptors")
-@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)])
+@pytest.mark.parametrize("closed", [(1,), (1, 2)])
 def test_closed_streams_do_not_stop_a_run(run, data, tmp_path, closed):
     flags = ["--data-dir", data, "--epochs", 1, "--out", "run"]
 

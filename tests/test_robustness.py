@@ -31,7 +31,7 @@ def test_the_first_row_is_the_result_of_the_run(trained, data, monkeypatch, caps
     main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(CHANGES)
-    mean = result(trained[0])["accuracy"]
+    mean = result(trained[0])["accuracy"]["mean"]
     assert lines[2].startswith(f"| as they are | {mean:.2f} ± ")
 
 

@@ -64,7 +64,7 @@ def test_a_run_leaves_its_files(trained):
 
 def test_config_tells_arguments_flags_device_and_versions(trained):
     config = json.loads((trained[0] / "config.json").read_text())
-    assert config["arguments"][:2] == ["--data-dir", config["data_dir"]]
+    assert "--tta" in config["arguments"]
     assert config["flags"]["epochs"] == 2
     assert config["flags"]["lr"] == 0.015
     assert config["torch"] == torch.__version__
@@ -79,8 +79,8 @@ def test_metrics_agree_with_the_result(trained):
     accuracies = [float(row["eval_accuracy"]) for row in rows]
     found = result(folder)
     assert found["accuracy"] == accuracies[-1]
-    assert found["best_accuracy"] == max(accuracies)
-    assert found["best_epoch"] == accuracies.index(max(accuracies)) + 1
+    assert found["best"]["eval_accuracy"] == max(accuracies)
+    assert found["best"]["epoch"] == accuracies.index(max(accuracies)) + 1
     assert found["seconds"] == float(rows[-1]["seconds"])
     for goal in (99.0, 99.4):
         first = [row for row in rows if float(row["eval_accuracy"]) >= goal][:1]
@@ -131,19 +131,18 @@ def test_a_seed_of_several_runs_equals_that_seed_alone(trained, data, call, tmp_
     flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--batch-size", 64]
     call(*flags, "--seed", 6, "--out", "alone")
     assert_same_run(trained[0] / "seed-6", tmp_path / "alone" / "seed-6")
-    assert "accuracy_interval" not in result(tmp_path / "alone")
+    assert "accuracy" not in result(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("name", ["accuracy", "tta_accuracy"])
 def test_the_result_has_mean_deviation_and_interval(trained, name):
-    total = result(trained[0])
+    total = result(trained[0])[name]
     values = [result(trained[0] / f"seed-{seed}")[name] for seed in (5, 6, 7)]
     values = torch.tensor(values, dtype=torch.float64)
-    assert total["n"] == 3
-    assert total[name] == pytest.approx(values.mean().item())
-    assert total[f"{name}_deviation"] == pytest.approx(values.std().item())
+    assert total["mean"] == pytest.approx(values.mean().item())
+    assert total["deviation"] == pytest.approx(values.std().item())
     half = 4.302652729749462 * values.std().item() / 3**0.5  # scipy: t.ppf(0.975, 2)
-    assert total[f"{name}_interval"] == pytest.approx(half, rel=1e-5)
+    assert total["interval"] == pytest.approx(half, rel=1e-5)
 
 
 # scipy.stats: t.ppf(0.5 + confidence / 2, freedom)
@@ -176,13 +175,11 @@ def test_torchrun_ranks_share_the_seeds_with_the_same_result(trained, data, tmp_
         check=False,
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("confidence interval") == 1
+    assert process.stdout.count("seed 7: ") == 1
     for seed in (5, 6, 7):
         folder = f"seed-{seed}"
         assert_same_run(trained[0] / folder, tmp_path / "shared" / folder)
-    shared, alone = result(tmp_path / "shared"), result(trained[0])
-    assert shared["accuracy"] == alone["accuracy"]
-    assert shared["accuracy_interval"] == alone["accuracy_interval"]
+    assert result(tmp_path / "shared")["accuracy"] == result(trained[0])["accuracy"]
 
 
 def test_a_pytorch_without_distributed_trains(call, data, monkeypatch):
@@ -195,7 +192,7 @@ def test_a_pytorch_without_distributed_trains(call, data, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
 def test_runs_killed_at_random_moments_end_like_one_that_was_not(call, data, tmp_path):
-    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 20]
+    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 10]
     call(*flags, "--out", "whole")
     moments = random.Random(0)
     folders = ["first", "second"]  # side by side, to save time
@@ -242,13 +239,13 @@ def test_resuming_trains_only_what_is_not_finished(trained, copy, call):
     assert (copy / "seed-5" / "final.pt").stat().st_mtime_ns == before
     for seed in ("seed-6", "seed-7"):
         assert_same_run(copy / seed, trained[0] / seed)
-    assert result(copy)["accuracy_interval"] == result(trained[0])["accuracy_interval"]
+    assert result(copy)["accuracy"] == result(trained[0])["accuracy"]
 
 
 @pytest.mark.parametrize(
-    "flag", ["--epochs=2", "--lr=0.1", "--runs=2", "--synthetic", "--out=x"]
+    "flag", ["--epochs=3", "--lr=0.1", "--evaluate=x", "--holdout=9", "--out=x"]
 )
-def test_a_flag_beside_resume_is_refused_by_name(copy, call, flag):
+def test_another_flag_beside_resume_is_refused_by_name(copy, call, flag):
     assert_one_line(call("--resume", "copy", flag), 2, flag.split("=")[0])
 
 
@@ -256,7 +253,7 @@ def test_a_run_whose_flags_now_mean_something_else_is_refused(copy, call):
     config = json.loads((copy / "config.json").read_text())
     config["flags"]["lr"] = 0.3
     (copy / "config.json").write_text(json.dumps(config))
-    assert_one_line(call("--resume", "copy"), 1, "config.json")
+    assert_one_line(call("--resume", "copy"), 2, "copy", "--lr")
 
 
 def test_resuming_on_other_data_is_refused(copy, call, datasets, tmp_path):
@@ -267,10 +264,9 @@ def test_resuming_on_other_data_is_refused(copy, call, datasets, tmp_path):
 
 
 def test_a_resumed_run_has_the_number_of_threads_it_had(data, run, tmp_path):
-    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 3, "--out"]
-    two = {"OMP_NUM_THREADS": "2"}
-    run(*flags, "whole", env=two)
-    run(*flags, "resumed", env=two)
+    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--out", "whole"]
+    run(*flags, env={"OMP_NUM_THREADS": "2"})
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     unfinish(tmp_path / "resumed" / "seed-1", 0)
     assert "2 threads" in run("--resume", "resumed").stdout
     assert_same_weights(tmp_path / "whole" / "seed-1", tmp_path / "resumed" / "seed-1")
@@ -396,7 +392,7 @@ def run_with_file_limit(run, limit, *flags):
 
 def test_a_full_disk_at_the_start_leaves_no_folder(run, data, tmp_path):
     flags = ["--data-dir", data, "--epochs", 1, "--out", "run"]
-    assert_one_line(run_with_file_limit(run, 100, *flags), 1, "cannot make run")
+    assert_one_line(run_with_file_limit(run, 100, *flags), 1, "cannot write run")
     assert names(tmp_path) == set()
     assert run(*flags).returncode == 0
 
@@ -428,7 +424,6 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(run, data, tmp_path):
     process = run(*flags, env={"MPLBACKEND": "junk"})
     assert process.returncode == 0
     assert process.stderr.count("warning") == process.stderr.count("\n") == 2
-    assert result(tmp_path / "run")["n"] == 2
     assert names(tmp_path / "run" / "seed-2") == SEED_FILES - {"report.png"}
 
 

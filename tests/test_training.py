@@ -55,11 +55,7 @@ def test_the_learning_rate_of_each_batch_is_that_of_one_cycle_lr(train, steps):
     settings = {"pct_start": 0.2, "div_factor": 10, "final_div_factor": 100}
     assert rates == one_cycle_rates(3 * 10, 0.015, **settings)
     rows = (folder / "metrics.csv").read_text().splitlines()[1:]
-    assert [float(row.split(",")[1]) for row in rows] == [
-        rates[9],
-        rates[19],
-        rates[29],
-    ]
+    assert [float(row.split(",")[1]) for row in rows] == rates[9::10]
 
 
 def test_schedule_flags_shape_the_curve(train, steps):
@@ -206,4 +202,4 @@ def test_an_epoch_of_real_mnist_reaches_95_percent(call, real_mnist, tmp_path):
         call("--data-dir", real_mnist, *flags)
     finally:
         torch.set_num_threads(1)
-    assert result(tmp_path / "run")["accuracy"] >= 95
+    assert result(tmp_path / "run" / "seed-1")["accuracy"] >= 95
