@@ -118,7 +118,7 @@ def affine(images, degrees, shifts):
     ``shifts`` (N, 2): pixels right and down; ``degrees`` (N,): counter-clockwise.
     """
     cosine, sine = degrees.deg2rad().cos(), degrees.deg2rad().sin()
-    # From a pixel to where it comes from; an image spans -1 to 1.
+    # Each pixel's origin, in a square from -1 to 1.
     x, y = (-shifts / 14).unbind(dim=1)
     matrix = torch.stack((cosine, -sine, x, sine, cosine, y), dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
@@ -184,7 +184,7 @@ class Net(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Draw only what is dropped, which saves a third of a step on a CPU."""
+    """``nn.Dropout`` that draws what it drops only: a third off a CPU's step."""
 
     def forward(self, x):
         if not (self.training and self.p and x.device.type == "cpu"):
@@ -199,13 +199,13 @@ class Dropout(nn.Dropout):
 def make_model(dropout, device, precision):
     """Return a new ``Net`` in the memory format that is fastest on the device."""
     model = Net(dropout)
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # by default on
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # its default: on
     if precision == "bf16":
         autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
         model.forward = autocast(model.forward)
     if device == "cpu":
-        with suppress(AttributeError, OSError, TypeError):  # a C library but glibc
-            # Keep freed memory, which saves a fifth of a step.
+        with suppress(AttributeError, OSError, TypeError):  # glibc only
+            # To keep freed memory saves a fifth of a step.
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         for layer in list(model.children())[1:]:  # conv1 is faster without
@@ -311,7 +311,7 @@ def train(args, seed, train_set, test_set, folder):
     print(HEADER.format(f"{args.test_name.lower()} loss"))
     start = time.perf_counter() - (history[-1].seconds if history else 0)
     for epoch in range(len(history) + 1, args.epochs + 1):
-        torch.manual_seed(seed * 10_000 + epoch)  # no state to save
+        torch.manual_seed(seed * 10_000 + epoch)  # nothing to save
         batches = train_batches(*train_set, args.batch_size, args.rotation, args.shift)
         trained = train_epoch(*training, batches, steps)
         if args.precise_bn and epoch == args.epochs:
