@@ -421,6 +421,7 @@ def draw_report(path, history, images, labels, output):
             ax.plot(epochs, train, ".-", label="training")
             ax.plot(epochs, tested, ".-", label="test or validation")
             ax.set(title=title, xlabel="epoch")
+            ax.xaxis.get_major_locator().set_params(integer=True)
             ax.legend()
     left, right = bottom.subfigures(1, 2)
     probability, predicted = output.exp().max(dim=1)
@@ -493,12 +494,12 @@ def compare(folders, picture):
     kind = "validation" if runs[0]["flags"]["holdout"] else "test"
     width = max(map(len, folders))
     print(f"{'run':{width}}    n  {kind} accuracy, %; difference from the first")
-    for run in runs:
-        text, seeds = verdict(runs[0], run, confidence)
+    for index, run in enumerate(runs):
+        text, seeds = verdict(runs[0], run, confidence) if index else ("", 0)
         interval = f"± {run['interval']:.2f}" if run["n"] > 1 else ""
         row = f"{run['name']:{width}} {run['n']:4}  {run['mean']:.2f} {interval:6}"
-        print(row, text if run is not runs[0] else "")
-        for each in (runs[0], run) if run is not runs[0] else ():
+        print(f"{row}  {text}".rstrip())
+        for each in (runs[0], run):
             if each["n"] < seeds <= 1000:
                 command = ["python", sys.argv[0], "--resume", each["name"]]
                 print("   ", shlex.join([*command, "--runs", str(seeds)]))
@@ -539,8 +540,8 @@ def draw_comparison(path, runs):
     for run in runs:
         dots = [result["accuracy"] for result in run["seeds"].values()]
         ax.plot(dots, [run["name"]] * len(dots), "o", alpha=0.4)
-        error = run.get("interval")
-        ax.errorbar(run["mean"], run["name"], xerr=error, fmt="k|", capsize=4)
+        width = run.get("interval")
+        ax.errorbar(run["mean"], run["name"], xerr=width, fmt="k|", capsize=4)
     ax.set(xlabel="accuracy in %")
     ax.margins(y=0.3 / len(runs))
     ax.invert_yaxis()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -124,6 +125,14 @@ def trained(data, tmp_path_factory):
     return folder / "run", output
 
 
+ROW = re.compile(r" +(\d+)  (\d\.\d{6})( +\d+\.\d{4} +\d+\.\d\d %){2} +\d+\.\d")
+
+
+def rows(output):
+    """The rows of the table of epochs in a printed output, as matches."""
+    return [match for line in output.splitlines() if (match := ROW.fullmatch(line))]
+
+
 def tensors(path):
     return torch.load(path, weights_only=True)
 
@@ -166,3 +175,24 @@ def real_mnist():
     except (OSError, RuntimeError) as error:
         pytest.skip(f"no MNIST in {folder} and no download: {error}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_run(real_mnist, tmp_path_factory):
+    """The folder of a model that was trained on the real MNIST for an epoch."""
+    folder = tmp_path_factory.mktemp("real")
+    flags = [
+        "--data-dir",
+        real_mnist,
+        "--recipe",
+        "quick",
+        "--epochs",
+        1,
+        "--out",
+        "run",
+    ]
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
+    with start(*flags, cwd=folder, env=threads) as process:
+        _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return folder / "run" / "seed-1"

@@ -10,13 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ARCHIVES, assert_one_line, result, start, write_idx
-
-ROW = re.compile(r" +(\d+)  (\d\.\d{6})( +\d+\.\d{4} +\d+\.\d\d %){2} +\d+\.\d")
-
-
-def rows(output):
-    return [match for line in output.splitlines() if (match := ROW.fullmatch(line))]
+from conftest import ARCHIVES, ROW, assert_one_line, result, rows, start, write_idx
 
 
 @pytest.fixture

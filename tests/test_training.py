@@ -1,7 +1,6 @@
 """Training: the learning rate, what a seed fixes, precise BatchNorm, TTA, real MNIST."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -195,11 +194,5 @@ def test_tta_does_not_change_the_accuracy_beside_it(train):
     assert math.isfinite(result(tta)["tta_accuracy"])
 
 
-def test_an_epoch_of_real_mnist_reaches_95_percent(call, real_mnist, tmp_path):
-    flags = ["--recipe", "quick", "--epochs", 1, "--out", "run"]
-    torch.set_num_threads(os.cpu_count())
-    try:
-        call("--data-dir", real_mnist, *flags)
-    finally:
-        torch.set_num_threads(1)
-    assert result(tmp_path / "run" / "seed-1")["accuracy"] >= 95
+def test_an_epoch_of_real_mnist_reaches_95_percent(real_run):
+    assert result(real_run)["accuracy"] >= 95
