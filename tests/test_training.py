@@ -13,8 +13,10 @@ import mnist_cnn
 
 
 @pytest.fixture
-def train(call, data, tmp_path):
+def train(call, data, tmp_path, monkeypatch):
     """Train with the command; return the folder of its only seed."""
+    # No pictures, which take longer than training on so few images.
+    monkeypatch.setattr(mnist_cnn, "draw_report", lambda *_: None)
 
     def train_with(*flags):
         folder = f"run-{len(list(tmp_path.iterdir()))}"
