@@ -596,10 +596,8 @@ def parse_arguments(arguments):
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, default, valid, text in rows:
-            options = {
-                "type": type(default),
-                "metavar": "N" if type(default) is int else None,
-            }
+            kind = type(default)
+            options = {"type": kind, "metavar": "N" if kind is int else None}
             if valid is None:
                 options = {"action": argparse.BooleanOptionalAction}
             elif isinstance(valid, list):
@@ -646,7 +644,7 @@ def open_folder(args, arguments, saved, where, datasets):
     config |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     if not saved:
         make_folder(folder, config)
-    elif changed := [name for name in flags if flags[name] != saved["flags"][name]]:
+    elif changed := [name for name in flags if flags[name] != saved["flags"].get(name)]:
         extra = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         fail(f"{folder} was trained with other {extra}: leave that out", status=2)
     elif saved["data"] != config["data"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torchvision.datasets import MNIST
 
 import mnist_cnn
@@ -22,6 +23,13 @@ torch.set_num_threads(1)
 
 SCRIPT = Path(mnist_cnn.__file__).resolve()
 ARCHIVES = [name for name, _ in MNIST.resources]
+
+
+def pytest_report_header():
+    data = os.environ.get("MNIST_DIR", "data/")
+    device = "a CUDA device" if torch.cuda.is_available() else "no CUDA device"
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    return f"mnist_cnn.py with {versions}, {device}, MNIST from {data}"
 
 
 def pytest_collection_modifyitems(items):

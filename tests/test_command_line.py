@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import os
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -223,7 +224,7 @@ def test_the_archives_as_downloaded_are_enough(call, tmp_path, real_mnist, no_ne
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in ARCHIVES:
-        (raw / name).symlink_to((real_mnist / "MNIST" / "raw" / name).resolve())
+        shutil.copy(real_mnist / "MNIST" / "raw" / name, raw)
     assert call("--dry-run").returncode == 0
 
 

@@ -68,7 +68,8 @@ def test_the_shown_output_has_the_shape_of_the_real_one():
 
 
 def test_links_lead_to_files():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    for target in [*targets, *re.findall(r'src="([^"]+)"', README)]:
         assert target.startswith("https://") or (SCRIPT.parent / target).exists()
 
 
