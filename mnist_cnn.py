@@ -494,6 +494,7 @@ def compare(folders, picture):
     kind = "validation" if runs[0]["flags"]["holdout"] else "test"
     width = max(map(len, folders))
     print(f"{'run':{width}}    n  {kind} accuracy, %; difference from the first")
+    advice = {}  # the number of seeds that each run should have
     for index, run in enumerate(runs):
         text, seeds = verdict(runs[0], run, confidence) if index else ("", 0)
         interval = f"± {run['interval']:.2f}" if run["n"] > 1 else ""
@@ -501,15 +502,17 @@ def compare(folders, picture):
         print(f"{row}  {text}".rstrip())
         for each in (runs[0], run):
             if each["n"] < seeds <= 1000:
-                command = ["python", sys.argv[0], "--resume", each["name"]]
-                print("   ", shlex.join([*command, "--runs", str(seeds)]))
+                advice[each["name"]] = max(seeds, advice.get(each["name"], 0))
+    for name, seeds in advice.items():
+        print(f"    {resume_command(name)} --runs {seeds}")
     print(f"Confidence 95 % (of a mean), {100 * confidence:.4g} % (of a difference)")
-    for name in runs[0]["flags"]:
+    for name in dict.fromkeys(chain(*(run["flags"] for run in runs))):
         values = [str(run["flags"].get(name)) for run in runs]
-        if name not in ("recipe", "out") and len(set(values)) > 1:
+        if name not in ("recipe", "out", "tta") and len(set(values)) > 1:
             print(f"{name:16}", *(f"{value:>9}" for value in values))
     if picture:
-        draw_comparison(Path(picture).with_suffix(".png"), runs)
+        with failing_with(f"cannot draw {picture}"):
+            draw_comparison(Path(f"{picture.removesuffix('.png')}.png"), runs)
 
 
 def verdict(a, b, confidence):
@@ -644,7 +647,7 @@ def open_folder(args, arguments, saved, where, datasets):
     config |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     if not saved:
         make_folder(folder, config)
-    elif changed := [name for name in flags if flags[name] != saved["flags"].get(name)]:
+    elif changed := [n for n, flag in saved["flags"].items() if flags.get(n) != flag]:
         extra = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         fail(f"{folder} was trained with other {extra}: leave that out", status=2)
     elif saved["data"] != config["data"]:
@@ -655,9 +658,17 @@ def open_folder(args, arguments, saved, where, datasets):
         save(folder / "config.json", saved | {"runs": args.runs})
         if saved["device"] != where:
             print(f"Started on {saved['device']}: from here on not bit-identical.")
-    command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
-    print(f"Output files in {folder}; to continue after a stop:\n{command}")
+        if (folder / "mnist_cnn.py").read_bytes() != Path(__file__).read_bytes():
+            print("Started with another script: from here on not bit-identical.")
+    print(f"Output files in {folder}; to continue after a stop:")
+    print(resume_command(folder))
     return folder
+
+
+def resume_command(folder):
+    """Return the command that continues a run with its own copy of the script."""
+    script = Path(folder, "mnist_cnn.py")
+    return shlex.join(["python", str(script), "--resume", str(folder)])
 
 
 def make_folder(folder, config):

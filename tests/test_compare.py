@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from conftest import assert_one_line, result
@@ -119,6 +120,27 @@ def test_other_scripts_are_named(call, other):
     with open(other / "mnist_cnn.py", "a") as file:
         file.write("# changed")
     assert "script " in call("--compare", "copy", "other").stdout
+
+
+def test_a_flag_that_only_one_run_has_is_listed(call, other):
+    config = json.loads((other / "config.json").read_text())
+    edit(other / "config.json", flags=config["flags"] | {"smoothing": 0.1})
+    last = call("--compare", "copy", "other").stdout.splitlines()[-1]
+    assert last.split() == ["smoothing", "None", "0.1"]
+
+
+def test_each_command_is_printed_once_with_the_most_seeds(call, other):
+    add(other, 1)
+    output = call("--compare", "copy", "other", "other").stdout
+    commands = re.findall(r"^ +python .* --resume (\w+) --runs", output, re.MULTILINE)
+    assert commands == ["copy", "other"]
+
+
+def test_a_comparison_that_cannot_be_drawn_ends_in_one_line(call, other, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    process = call("--compare", "copy", "other", "--out", "both.png")
+    assert_one_line(process, 1, "cannot draw both.png")
+    assert "cannot tell" in process.stdout
 
 
 def test_a_comparison_is_drawn_on_request(call, other, tmp_path):

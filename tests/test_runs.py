@@ -256,6 +256,20 @@ def test_a_run_whose_flags_now_mean_something_else_is_refused(copy, call):
     assert_one_line(call("--resume", "copy"), 2, "copy", "--lr")
 
 
+def test_a_run_without_a_flag_that_is_new_can_be_resumed(copy, call):
+    config = json.loads((copy / "config.json").read_text())
+    del config["flags"]["pct_start"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert call("--resume", "copy").returncode == 0
+
+
+def test_resuming_with_another_script_says_so(copy, call):
+    assert "another script" not in call("--resume", "copy").stdout
+    with open(copy / "mnist_cnn.py", "a") as file:
+        file.write("# changed")
+    assert "another script" in call("--resume", "copy").stdout
+
+
 def test_resuming_on_other_data_is_refused(copy, call, datasets, tmp_path):
     (images, labels), test_set = datasets
     write_idx(tmp_path / "other", [(images.flip(0), labels.flip(0)), test_set])
