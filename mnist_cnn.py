@@ -19,7 +19,6 @@ import math
 import os
 import shlex
 import shutil
-import signal
 import statistics
 import sys
 import textwrap
@@ -30,9 +29,6 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C while the libraries load: no traceback
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -164,26 +160,28 @@ class Net(nn.Module):
     """Map inputs (N, 1, 28, 28) to log-probabilities (N, 10).
 
     Global average pooling in place of a dense layer: Network in Network (Lin et al.
-    2013). 9,798 parameters.
+    2013). 9,798 parameters with width 1; ``width`` multiplies all hidden channels.
     """
 
-    def __init__(self, dropout=0.05):
+    def __init__(self, width=1, dropout=0.05):
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(1, 10, 3, padding=1), nn.BatchNorm2d(10)
-        self.conv2, self.norm2 = nn.Conv2d(10, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.transition1 = nn.Conv2d(16, 10, 1)
-        self.conv3, self.norm3 = nn.Conv2d(10, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.conv4, self.norm4 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.transition2 = nn.Conv2d(16, 10, 1)
-        self.conv5, self.norm5 = nn.Conv2d(10, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.conv6, self.norm6 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.classifier = nn.Conv2d(16, 10, 1)
+        c10, c16 = 10 * width, 16 * width
+        self.conv1, self.norm1 = nn.Conv2d(1, c10, 3, padding=1), nn.BatchNorm2d(c10)
+        self.conv2, self.norm2 = nn.Conv2d(c10, c16, 3, padding=1), nn.BatchNorm2d(c16)
+        self.transition1 = nn.Conv2d(c16, c10, 1)
+        self.conv3, self.norm3 = nn.Conv2d(c10, c16, 3, padding=1), nn.BatchNorm2d(c16)
+        self.conv4, self.norm4 = nn.Conv2d(c16, c16, 3, padding=1), nn.BatchNorm2d(c16)
+        self.transition2 = nn.Conv2d(c16, c10, 1)
+        self.conv5, self.norm5 = nn.Conv2d(c10, c16, 3, padding=1), nn.BatchNorm2d(c16)
+        self.conv6, self.norm6 = nn.Conv2d(c16, c16, 3, padding=1), nn.BatchNorm2d(c16)
+        self.classifier = nn.Conv2d(c16, 10, 1)
         self.dropout = Dropout(dropout)
         self.pool = nn.MaxPool2d(2)
         self.average = nn.AdaptiveAvgPool2d(1)
+        self.width = width
 
     def forward(self, x):
-        # channels x height x width, and the receptive field in pixels
+        # channels (for width 1) x height x width, and the receptive field in pixels
         x = self.dropout(self.norm1(F.relu_(self.conv1(x))))  # 10 x 28 x 28, 3
         x = self.dropout(self.norm2(F.relu_(self.conv2(x))))  # 16 x 28 x 28, 5
         x = F.relu_(self.transition1(self.pool(x)))  # 10 x 14 x 14, 6
@@ -196,9 +194,9 @@ class Net(nn.Module):
         return F.log_softmax(x.flatten(1).float(), dim=1)
 
 
-def make_model(dropout, device, precision):
+def make_model(width, dropout, device, precision):
     """Return a new ``Net``, set up for the device and the precision."""
-    model = Net(dropout)
+    model = Net(width, dropout)
     torch.backends.cudnn.allow_tf32 = precision == "tf32"  # on by default
     if precision == "bf16":
         autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
@@ -211,6 +209,16 @@ def make_model(dropout, device, precision):
         for layer in list(model.children())[1:]:  # conv1 is faster without
             layer.to(memory_format=torch.channels_last)  # saves a tenth of a step
     return model.to(device)
+
+
+def load_model(path, device="cpu", precision="fp32"):
+    """Return the model whose weights are in a file, as wide as they are."""
+    with failing_with(f"cannot use {path}"):
+        weights = torch.load(path, "cpu", weights_only=True)
+        width = len(weights["conv1.bias"]) // 10
+        model = make_model(width, 0, device, precision)
+        model.load_state_dict(weights)
+    return model.eval()
 
 
 # ---- Training and testing ----
@@ -226,7 +234,7 @@ def make_training(args, seed, steps):
     """Return a new model, its optimizer and scheduler, stepped per batch."""
     torch.manual_seed(seed * 10_000)
     torch.backends.cudnn.deterministic = True  # the seed fixes the weights
-    model = make_model(args.dropout, args.device, args.precision)
+    model = make_model(args.width, args.dropout, args.device, args.precision)
     decay = args.weight_decay
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=decay, fused=True
@@ -244,7 +252,20 @@ def make_training(args, seed, steps):
     return model, optimizer, scheduler
 
 
-def train_epoch(model, optimizer, scheduler, batches, steps):
+def distillation_loss(output, labels, teacher_outputs, temperature, hard_labels):
+    """Return a student's loss: distillation (Hinton, Vinyals and Dean 2015).
+
+    ``teacher_outputs`` (teachers, N, 10): log-probabilities for the student's inputs.
+    ``hard_labels``: weight of ``labels`` (N,) beside the teachers' probabilities.
+    """
+    soft_labels = (teacher_outputs / temperature).softmax(dim=2).mean(dim=0)
+    softened = (output / temperature).log_softmax(dim=1)
+    soft_loss = F.kl_div(softened, soft_labels, reduction="batchmean")
+    soft_loss = soft_loss * temperature**2  # keeps the size of its gradient
+    return hard_labels * F.nll_loss(output, labels) + (1 - hard_labels) * soft_loss
+
+
+def train_epoch(args, teachers, model, optimizer, scheduler, batches, steps):
     """Train an epoch; return last learning rate, mean loss, accuracy in %."""
     model.train()
     count, losses, correct = 0, 0, 0  # the sums stay on the device
@@ -253,6 +274,11 @@ def train_epoch(model, optimizer, scheduler, batches, steps):
         optimizer.zero_grad()
         output = model(inputs)
         loss = F.nll_loss(output, labels)
+        if teachers:
+            with torch.no_grad():  # of the same augmented inputs: Beyer et al. (2022)
+                outputs = torch.stack([teacher(inputs) for teacher in teachers])
+            settings = args.temperature, args.hard_labels
+            loss = distillation_loss(output, labels, outputs, *settings)
         loss.backward()
         optimizer.step()
         learning_rate = scheduler.get_last_lr()[0]
@@ -302,7 +328,7 @@ def loss_and_accuracy(output, labels):
     return F.nll_loss(output, labels).item(), 100 * correct / len(labels)
 
 
-def train(args, seed, train_set, test_set, folder):
+def train(args, seed, teachers, train_set, test_set, folder):
     """Train a model, from its checkpoint if any; return it and its history."""
     steps = math.ceil(len(train_set[0]) / args.batch_size)
     training = make_training(args, seed, args.epochs * steps)
@@ -314,7 +340,7 @@ def train(args, seed, train_set, test_set, folder):
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(seed * 10_000 + epoch)  # no generator state to save
         batches = train_batches(*train_set, args.batch_size, args.rotation, args.shift)
-        trained = train_epoch(*training, batches, steps)
+        trained = train_epoch(args, teachers, *training, batches, steps)
         if args.precise_bn and epoch == args.epochs:
             precise_batch_norm(model, train_set[0])
         output = predict(model, test_set[0], args.test_batch_size)
@@ -562,6 +588,7 @@ FLAGS = {
         ("--lr", 0.015, (0, math.inf), "maximum learning rate of OneCycleLR"),
         ("--momentum", 0.9, (0, 1), "momentum of SGD, not cycled"),
         ("--weight-decay", 1e-4, (0, math.inf), "L2 penalty on all parameters"),
+        ("--width", 1, (1, 100), "multiple of all hidden channels"),
         ("--dropout", 0.05, (0, 1), "probability of dropping an activation"),
         ("--rotation", 7.0, (0, math.inf), "maximum random rotation, degrees"),
         ("--shift", 0.0, (0, math.inf), "maximum random shift, pixels"),
@@ -569,6 +596,11 @@ FLAGS = {
         ("--div-factor", 10.0, (1, math.inf), "maximum / initial learning rate"),
         ("--final-div-factor", 100.0, (1, math.inf), "initial / final learning rate"),
         ("--precise-bn", False, None, "recompute BatchNorm statistics at the end"),
+    ],
+    "distillation": [
+        ("--teacher", [], "FILE...", "learn from the networks of these weights"),
+        ("--temperature", 2.0, (0.01, math.inf), "softens their probabilities"),
+        ("--hard-labels", 0.1, (0, 1.01), "weight of the labels beside them"),
     ],
     "run": [
         ("--seed", 1, (0, 100_000), "seed of the first model"),
@@ -586,7 +618,7 @@ FLAGS = {
         ("--out", None, "DIR", "new folder for the output files"),
         ("--resume", None, "DIR", "continue the run in a folder"),
         ("--evaluate", None, "FILE", "only test the weights in a file"),
-        ("--compare", None, "RUN", "compare the accuracies of two or more runs"),
+        ("--compare", None, "RUN...", "compare the accuracies of two or more runs"),
     ],
 }
 
@@ -606,9 +638,9 @@ def parse_arguments(arguments):
             elif isinstance(valid, list):
                 options = {"choices": valid}
             elif isinstance(valid, str):
-                options = {"type": os.path.expanduser, "metavar": valid}
-                options["nargs"] = "+" if valid == "RUN" else None
-            text += " (default: %(default)s)" * (default is not None)
+                options = {"type": os.path.expanduser, "metavar": valid.strip(".")}
+                options["nargs"] = "+" if valid.endswith("...") else None
+            text += " (default: %(default)s)" * (default not in (None, []))
             group.add_argument(flag, default=default, help=text, **options)
     no_help = [word for word in arguments if word not in ("-h", "--help")]
     parser.set_defaults(**RECIPES[parser.parse_args(no_help).recipe])
@@ -640,16 +672,20 @@ def open_folder(args, arguments, saved, where, datasets):
     folder = Path(args.resume or args.out or f"runs/{now}-{os.getpid()}")
     varies = ("data_dir", "device", "resume", "runs", "test_name")
     flags = {name: value for name, value in vars(args).items() if name not in varies}
+    checksums = [zlib.crc32(Path(path).read_bytes()) for path in args.teacher]
+    flags["teacher"] = " ".join(f"{value:08x}" for value in checksums)
     tensors = b"".join(part.cpu().numpy() for pair in datasets for part in pair)
     config = {"arguments": [*arguments, "--data-dir", os.path.abspath(args.data_dir)]}
     config |= {"flags": flags, "data": zlib.crc32(tensors), "device": where}
     config["runs"] = args.runs
     config |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    for path in args.teacher if args.holdout else ():
+        check_teacher(path, config["data"])
     if not saved:
         make_folder(folder, config)
     elif changed := [n for n, flag in saved["flags"].items() if flags.get(n) != flag]:
         extra = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        fail(f"{folder} was trained with other {extra}: leave that out", status=2)
+        fail(f"{folder} was trained with other {extra}: leave it as it was", status=2)
     elif saved["data"] != config["data"]:
         fail(f"{folder} was trained on other data than that in {args.data_dir}")
     elif args.runs < saved["runs"]:
@@ -663,6 +699,18 @@ def open_folder(args, arguments, saved, where, datasets):
     print(f"Output files in {folder}; to continue after a stop:")
     print(resume_command(folder))
     return folder
+
+
+def check_teacher(path, data):
+    """Refuse a teacher that may have been trained on the validation images."""
+    config = Path(path).parent.parent / "config.json"
+    with failing_with(f"cannot use {config}"):
+        if not config.exists():
+            warning = f"{path} may have seen the validation images: no {config}"
+            print(f"mnist_cnn.py: warning: {warning}", file=sys.stderr)
+        elif json.loads(config.read_text())["data"] != data:
+            remedy = "train it with the same --holdout and data"
+            fail(f"{path} may have seen the validation images: {remedy}")
 
 
 def resume_command(folder):
@@ -683,17 +731,17 @@ def make_folder(folder, config):
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def print_header(device):
+def print_header(width, device):
     """Print the device and the layers; return the device's description."""
     where = f"{device}, {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         where = f"{device}, {torch.cuda.get_device_name(device)}"
-    count = sum(weight.numel() for weight in Net().parameters())
+    count = sum(weight.numel() for weight in Net(width).parameters())
     print(f"{count:,} parameters on {where}, torch {torch.__version__}")
     with suppress(ImportError):
         from torchsummary import summary
 
-        summary(Net(), (1, 28, 28), device="cpu")  # a Net of its own: it trains it
+        summary(Net(width), (1, 28, 28), device="cpu")  # its own Net: it trains it
     return where
 
 
@@ -711,7 +759,11 @@ def main(arguments):
         distributed.init_process_group("gloo", timeout=timedelta(days=30))
         rank, ranks = distributed.get_rank(), distributed.get_world_size()
         sys.stdout = io.StringIO() if rank > 0 else sys.stdout  # only rank 0 prints
-    where, folder = print_header(args.device), None
+    setting = args.device, args.precision
+    teachers = [load_model(path, *setting) for path in args.teacher]
+    model = load_model(args.evaluate, *setting) if args.evaluate else None
+    where = print_header(model.width if model else args.width, args.device)
+    folder = None
     if rank == 0:
         if args.out and not args.resume and Path(args.out).exists():
             fail(f"{args.out} already exists: choose another --out, or --resume it")
@@ -724,9 +776,6 @@ def main(arguments):
     if rank > 0:  # rank 0 has downloaded the files
         datasets = load_datasets(args)
     if args.evaluate:
-        model = make_model(0, args.device, args.precision)
-        with failing_with(f"cannot use {args.evaluate}"):
-            model.load_state_dict(torch.load(args.evaluate, "cpu", weights_only=True))
         out = Path(args.out) if args.out and not args.dry_run else None
         return test(args, model, [], datasets[1], out)
     for seed in range(args.seed, args.seed + args.runs)[rank::ranks]:
@@ -734,7 +783,7 @@ def main(arguments):
         if seed_folder and (seed_folder / "result.json").exists():
             continue  # it is finished
         print(f"Seed {seed}")
-        model, history = train(args, seed, *datasets, seed_folder)
+        model, history = train(args, seed, teachers, *datasets, seed_folder)
         test(args, model, history, datasets[1], seed_folder)
     if ranks > 1:
         distributed.barrier()
@@ -744,7 +793,6 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_ctrl_c)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it was closed
     sys.stdout.reconfigure(errors="replace")  # ± where the encoding is ASCII
     try:

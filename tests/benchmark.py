@@ -79,7 +79,8 @@ def this_script(args, *flags):
     batches = itertools.chain.from_iterable(epochs)
 
     def run(steps):
-        mnist_cnn.train_epoch(*parts, itertools.islice(batches, steps), steps)
+        part = itertools.islice(batches, steps)
+        mnist_cnn.train_epoch(flags, [], *parts, part, steps)
 
     return run
 

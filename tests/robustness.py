@@ -41,9 +41,7 @@ def accuracies(run, variants, labels):
     """Return for each model of a run the mean accuracy over variants of the images."""
     means = []
     for path in sorted(Path(run).glob("seed-*/final.pt")):
-        model = mnist_cnn.make_model(0, "cpu", "fp32")
-        with mnist_cnn.failing_with(f"cannot use {path}"):
-            model.load_state_dict(torch.load(path, weights_only=True))
+        model = mnist_cnn.load_model(path)
         outputs = [mnist_cnn.predict(model, images, 1000) for images in variants]
         scores = [mnist_cnn.loss_and_accuracy(output, labels)[1] for output in outputs]
         means.append(statistics.mean(scores))

@@ -20,10 +20,10 @@ def test_the_same_command_gives_the_same_weights(call, data, tmp_path, device):
 def test_one_training_step_agrees_with_the_cpu():
     torch.manual_seed(0)
     inputs, labels = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
-    start = make_model(0, "cpu", "fp32").state_dict()
+    start = make_model(1, 0, "cpu", "fp32").state_dict()
     stepped = []
     for device in ("cpu", "cuda"):
-        model = make_model(0, device, "fp32")
+        model = make_model(1, 0, device, "fp32")
         model.load_state_dict(start)
         optimizer = torch.optim.SGD(model.parameters(), 0.015, 0.9, weight_decay=1e-4)
         output = model(inputs.to(device))

@@ -49,7 +49,7 @@ def test_dropout_defaults_to_a_twentieth():
 def test_memory_format_changes_no_result_and_no_gradient():
     torch.manual_seed(0)
     plain = Net(dropout=0).double()  # float32 sums round differently in another order
-    fast = make_model(0, "cpu", "fp32").double()
+    fast = make_model(1, 0, "cpu", "fp32").double()
     fast.load_state_dict(plain.state_dict())
     pixels = torch.randn(16, 1, 28, 28).double()
     for model in (plain, fast):
