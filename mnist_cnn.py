@@ -165,7 +165,7 @@ class Net(nn.Module):
 
     def __init__(self, width=1, dropout=0.05):
         super().__init__()
-        c10, c16 = 10 * width, 16 * width
+        c10, c16 = 10 * width, 16 * width  # channels
         self.conv1, self.norm1 = nn.Conv2d(1, c10, 3, padding=1), nn.BatchNorm2d(c10)
         self.conv2, self.norm2 = nn.Conv2d(c10, c16, 3, padding=1), nn.BatchNorm2d(c16)
         self.transition1 = nn.Conv2d(c16, c10, 1)
@@ -181,7 +181,7 @@ class Net(nn.Module):
         self.width = width
 
     def forward(self, x):
-        # channels (for width 1) x height x width, and the receptive field in pixels
+        # the shape with width 1, and the receptive field in pixels
         x = self.dropout(self.norm1(F.relu_(self.conv1(x))))  # 10 x 28 x 28, 3
         x = self.dropout(self.norm2(F.relu_(self.conv2(x))))  # 16 x 28 x 28, 5
         x = F.relu_(self.transition1(self.pool(x)))  # 10 x 14 x 14, 6
@@ -215,10 +215,12 @@ def load_model(path, device="cpu", precision="fp32"):
     """Return the model whose weights are in a file, as wide as they are."""
     with failing_with(f"cannot use {path}"):
         weights = torch.load(path, "cpu", weights_only=True)
-        width = len(weights["conv1.bias"]) // 10
+        width = len(dict(weights)["conv1.bias"]) // 10 or 1
         model = make_model(width, 0, device, precision)
         model.load_state_dict(weights)
-    return model.eval()
+        if not model.eval()(torch.zeros(1, 1, 28, 28, device=device)).isfinite().all():
+            raise ValueError("its weights are damaged")
+    return model
 
 
 # ---- Training and testing ----
@@ -252,17 +254,15 @@ def make_training(args, seed, steps):
     return model, optimizer, scheduler
 
 
-def distillation_loss(output, labels, teacher_outputs, temperature, hard_labels):
-    """Return a student's loss: distillation (Hinton, Vinyals and Dean 2015).
+def distillation_loss(output, teacher_outputs, temperature):
+    """Return the divergence from the teachers (Hinton, Vinyals and Dean 2015).
 
-    ``teacher_outputs`` (teachers, N, 10): log-probabilities for the student's inputs.
-    ``hard_labels``: weight of ``labels`` (N,) beside the teachers' probabilities.
+    ``teacher_outputs`` (teachers, N, 10): log-probabilities for the same inputs.
     """
     soft_labels = (teacher_outputs / temperature).softmax(dim=2).mean(dim=0)
     softened = (output / temperature).log_softmax(dim=1)
-    soft_loss = F.kl_div(softened, soft_labels, reduction="batchmean")
-    soft_loss = soft_loss * temperature**2  # keeps the size of its gradient
-    return hard_labels * F.nll_loss(output, labels) + (1 - hard_labels) * soft_loss
+    divergence = F.kl_div(softened, soft_labels, reduction="batchmean")
+    return divergence * temperature**2  # keeps the size of its gradient
 
 
 def train_epoch(args, teachers, model, optimizer, scheduler, batches, steps):
@@ -275,10 +275,10 @@ def train_epoch(args, teachers, model, optimizer, scheduler, batches, steps):
         output = model(inputs)
         loss = F.nll_loss(output, labels)
         if teachers:
-            with torch.no_grad():  # of the same augmented inputs: Beyer et al. (2022)
+            with torch.no_grad():  # of what the student sees: Beyer et al. (2022)
                 outputs = torch.stack([teacher(inputs) for teacher in teachers])
-            settings = args.temperature, args.hard_labels
-            loss = distillation_loss(output, labels, outputs, *settings)
+            soft_loss = distillation_loss(output, outputs, args.temperature)
+            loss = args.hard_labels * loss + (1 - args.hard_labels) * soft_loss
         loss.backward()
         optimizer.step()
         learning_rate = scheduler.get_last_lr()[0]
@@ -402,8 +402,6 @@ def test(args, model, history, test_set, folder):
     images, labels = test_set
     output = predict(model, images, args.test_batch_size)
     loss, accuracy = loss_and_accuracy(output, labels)
-    if not math.isfinite(loss):
-        fail(f"{args.evaluate} gives a loss that is not finite: damaged weights")
     result, text = {"accuracy": accuracy, "loss": loss}, f"{accuracy:.2f} %"
     if args.tta:
         averaged = predict_tta(model, images, args.test_batch_size)
@@ -598,9 +596,9 @@ FLAGS = {
         ("--precise-bn", False, None, "recompute BatchNorm statistics at the end"),
     ],
     "distillation": [
-        ("--teacher", [], "FILE...", "learn from the networks of these weights"),
-        ("--temperature", 2.0, (0.01, math.inf), "softens their probabilities"),
-        ("--hard-labels", 0.1, (0, 1.01), "weight of the labels beside them"),
+        ("--teacher", [], "FILE...", "weights of trained networks to learn from"),
+        ("--temperature", 2.0, (0.01, 1000), "softens the teachers' probabilities"),
+        ("--hard-labels", 0.1, (0, 1.000001), "weight of the true labels in the loss"),
     ],
     "run": [
         ("--seed", 1, (0, 100_000), "seed of the first model"),
@@ -670,12 +668,16 @@ def open_folder(args, arguments, saved, where, datasets):
     """Create a run's folder, or check that --resume may continue it; return it."""
     now = time.strftime("%Y-%m-%d-%H%M%S")
     folder = Path(args.resume or args.out or f"runs/{now}-{os.getpid()}")
+    # Flags that are newer than the run to be resumed have their defaults.
+    old_flags = vars(parse_arguments([])) | (saved["flags"] if saved else {})
     varies = ("data_dir", "device", "resume", "runs", "test_name")
     flags = {name: value for name, value in vars(args).items() if name not in varies}
-    checksums = [zlib.crc32(Path(path).read_bytes()) for path in args.teacher]
-    flags["teacher"] = " ".join(f"{value:08x}" for value in checksums)
+    flags["teacher"] = [zlib.crc32(Path(p).read_bytes()) for p in args.teacher]
     tensors = b"".join(part.cpu().numpy() for pair in datasets for part in pair)
-    config = {"arguments": [*arguments, "--data-dir", os.path.abspath(args.data_dir)]}
+    arguments = [*arguments, "--data-dir", os.path.abspath(args.data_dir)]
+    if args.teacher:
+        arguments += ["--teacher", *map(os.path.abspath, args.teacher)]
+    config = {"arguments": arguments}
     config |= {"flags": flags, "data": zlib.crc32(tensors), "device": where}
     config["runs"] = args.runs
     config |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -683,7 +685,7 @@ def open_folder(args, arguments, saved, where, datasets):
         check_teacher(path, config["data"])
     if not saved:
         make_folder(folder, config)
-    elif changed := [n for n, flag in saved["flags"].items() if flags.get(n) != flag]:
+    elif changed := [n for n in flags if old_flags[n] != flags[n]]:
         extra = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         fail(f"{folder} was trained with other {extra}: leave it as it was", status=2)
     elif saved["data"] != config["data"]:
@@ -703,14 +705,14 @@ def open_folder(args, arguments, saved, where, datasets):
 
 def check_teacher(path, data):
     """Refuse a teacher that may have been trained on the validation images."""
-    config = Path(path).parent.parent / "config.json"
-    with failing_with(f"cannot use {config}"):
-        if not config.exists():
-            warning = f"{path} may have seen the validation images: no {config}"
-            print(f"mnist_cnn.py: warning: {warning}", file=sys.stderr)
-        elif json.loads(config.read_text())["data"] != data:
-            remedy = "train it with the same --holdout and data"
-            fail(f"{path} may have seen the validation images: {remedy}")
+    teacher_data, run = None, Path(path).resolve().parents[1]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        teacher_data = json.loads((run / "config.json").read_text())["data"]
+    problem = f"{path} may have seen the validation images"
+    if teacher_data is None:
+        print(f"mnist_cnn.py: warning: {problem}: not in a run", file=sys.stderr)
+    elif teacher_data != data:
+        fail(f"{problem}: train it with the same --holdout and data")
 
 
 def resume_command(folder):
@@ -741,7 +743,7 @@ def print_header(width, device):
     with suppress(ImportError):
         from torchsummary import summary
 
-        summary(Net(width), (1, 28, 28), device="cpu")  # its own Net: it trains it
+        summary(Net(width), (1, 28, 28), device="cpu")  # another Net: BatchNorm changes
     return where
 
 
@@ -759,11 +761,12 @@ def main(arguments):
         distributed.init_process_group("gloo", timeout=timedelta(days=30))
         rank, ranks = distributed.get_rank(), distributed.get_world_size()
         sys.stdout = io.StringIO() if rank > 0 else sys.stdout  # only rank 0 prints
-    setting = args.device, args.precision
-    teachers = [load_model(path, *setting) for path in args.teacher]
-    model = load_model(args.evaluate, *setting) if args.evaluate else None
-    where = print_header(model.width if model else args.width, args.device)
-    folder = None
+    teachers = [load_model(path, args.device, args.precision) for path in args.teacher]
+    width = args.width
+    if args.evaluate and not args.resume:
+        model = load_model(args.evaluate, args.device, args.precision)
+        width = model.width
+    where, folder = print_header(width, args.device), None
     if rank == 0:
         if args.out and not args.resume and Path(args.out).exists():
             fail(f"{args.out} already exists: choose another --out, or --resume it")

@@ -261,6 +261,7 @@ def test_a_run_without_a_flag_that_is_new_can_be_resumed(copy, call):
     del config["flags"]["pct_start"]
     (copy / "config.json").write_text(json.dumps(config))
     assert call("--resume", "copy").returncode == 0
+    assert_one_line(call("--resume", "copy", "--pct-start", 0.5), 2, "--pct-start")
 
 
 def test_resuming_with_another_script_says_so(copy, call):
