@@ -255,7 +255,7 @@ def make_training(args, seed, steps):
 
 
 def distillation_loss(output, teacher_outputs, temperature):
-    """Return the divergence from the teachers (Hinton, Vinyals and Dean 2015).
+    """Return a student's loss (Hinton, Vinyals and Dean 2015): no true labels.
 
     ``teacher_outputs`` (teachers, N, 10): log-probabilities for the same inputs.
     """
@@ -273,12 +273,12 @@ def train_epoch(args, teachers, model, optimizer, scheduler, batches, steps):
     for inputs, labels in batches:
         optimizer.zero_grad()
         output = model(inputs)
-        loss = F.nll_loss(output, labels)
         if teachers:
             with torch.no_grad():  # of what the student sees: Beyer et al. (2022)
                 outputs = torch.stack([teacher(inputs) for teacher in teachers])
-            soft_loss = distillation_loss(output, outputs, args.temperature)
-            loss = args.hard_labels * loss + (1 - args.hard_labels) * soft_loss
+            loss = distillation_loss(output, outputs, args.temperature)
+        else:
+            loss = F.nll_loss(output, labels)
         loss.backward()
         optimizer.step()
         learning_rate = scheduler.get_last_lr()[0]
@@ -596,9 +596,8 @@ FLAGS = {
         ("--precise-bn", False, None, "recompute BatchNorm statistics at the end"),
     ],
     "distillation": [
-        ("--teacher", [], "FILE...", "weights of trained networks to learn from"),
+        ("--teacher", [], "FILE...", "learn from these networks, not from labels"),
         ("--temperature", 2.0, (0.01, 1000), "softens the teachers' probabilities"),
-        ("--hard-labels", 0.1, (0, 1.000001), "weight of the true labels in the loss"),
     ],
     "run": [
         ("--seed", 1, (0, 100_000), "seed of the first model"),

@@ -181,7 +181,6 @@ def test_an_explicit_flag_overrides_the_recipe(call, data):
         ("--final-div-factor", "0.0 inf nan", "[1, inf)"),
         ("--width", "0", "[1, 100)"),
         ("--temperature", "0 -1 1000 nan", "[0.01, 1000)"),
-        ("--hard-labels", "-0.1 1.01 nan", "[0, 1.000001)"),
         ("--seed", "-1 100000", "[0, 100000)"),
         ("--holdout", "-1", "[0, inf)"),
         ("--runs", "0", "[1, 100000)"),
