@@ -219,7 +219,7 @@ def load_model(path, device="cpu", precision="fp32"):
         model = make_model(width, 0, device, precision)
         model.load_state_dict(weights)
         if not model.eval()(torch.zeros(1, 1, 28, 28, device=device)).isfinite().all():
-            raise ValueError("its weights are damaged")
+            raise ValueError("damaged: its output is not finite")
     return model
 
 
@@ -750,6 +750,13 @@ def main(arguments):
     args, saved, rank, ranks = parse_arguments(arguments), None, 0, 1
     if args.compare:
         return compare(args.compare, args.out)
+    if args.out and not args.resume and Path(args.out).exists():
+        fail(f"{args.out} already exists: choose another --out, or --resume it")
+    if args.evaluate and not args.resume:
+        model = load_model(args.evaluate, args.device, args.precision)
+        print_header(model.width, args.device)
+        out = Path(args.out) if args.out and not args.dry_run else None
+        return test(args, model, [], load_datasets(args)[1], out)
     if args.resume:
         with failing_with(f"cannot use {args.resume}/config.json"):
             saved = json.loads(Path(args.resume, "config.json").read_text())
@@ -761,25 +768,16 @@ def main(arguments):
         rank, ranks = distributed.get_rank(), distributed.get_world_size()
         sys.stdout = io.StringIO() if rank > 0 else sys.stdout  # only rank 0 prints
     teachers = [load_model(path, args.device, args.precision) for path in args.teacher]
-    width = args.width
-    if args.evaluate and not args.resume:
-        model = load_model(args.evaluate, args.device, args.precision)
-        width = model.width
-    where, folder = print_header(width, args.device), None
+    where, folder = print_header(args.width, args.device), None
     if rank == 0:
-        if args.out and not args.resume and Path(args.out).exists():
-            fail(f"{args.out} already exists: choose another --out, or --resume it")
         datasets = load_datasets(args)
-        if args.resume or not (args.dry_run or args.evaluate):
+        if args.resume or not args.dry_run:
             folder = open_folder(args, arguments, saved, where, datasets)
     if ranks > 1:
         distributed.broadcast_object_list(shared := [folder])
         folder = shared[0]
     if rank > 0:  # rank 0 has downloaded the files
         datasets = load_datasets(args)
-    if args.evaluate:
-        out = Path(args.out) if args.out and not args.dry_run else None
-        return test(args, model, [], datasets[1], out)
     for seed in range(args.seed, args.seed + args.runs)[rank::ranks]:
         seed_folder = folder and folder / f"seed-{seed}"
         if seed_folder and (seed_folder / "result.json").exists():
