@@ -255,9 +255,9 @@ def make_training(args, seed, steps):
 
 
 def distillation_loss(output, teacher_outputs, temperature):
-    """Return a student's loss (Hinton, Vinyals and Dean 2015): no true labels.
+    """Return a student's loss, without labels (Hinton, Vinyals and Dean 2015).
 
-    ``teacher_outputs`` (teachers, N, 10): log-probabilities for the same inputs.
+    ``output`` (N, 10), ``teacher_outputs`` (teachers, N, 10): log-probabilities.
     """
     soft_labels = (teacher_outputs / temperature).softmax(dim=2).mean(dim=0)
     softened = (output / temperature).log_softmax(dim=1)
@@ -704,12 +704,12 @@ def open_folder(args, arguments, saved, where, datasets):
 
 def check_teacher(path, data):
     """Refuse a teacher that may have been trained on the validation images."""
-    teacher_data, run = None, Path(path).resolve().parents[1]
+    teacher_data, run = None, Path(path).resolve().parent.parent
     with suppress(OSError, ValueError, KeyError, TypeError):
         teacher_data = json.loads((run / "config.json").read_text())["data"]
     problem = f"{path} may have seen the validation images"
     if teacher_data is None:
-        print(f"mnist_cnn.py: warning: {problem}: not in a run", file=sys.stderr)
+        print(f"mnist_cnn.py: warning: {problem}: no config.json", file=sys.stderr)
     elif teacher_data != data:
         fail(f"{problem}: train it with the same --holdout and data")
 

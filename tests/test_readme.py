@@ -69,9 +69,13 @@ def test_the_shown_output_has_the_shape_of_the_real_one():
     assert len(rows(shown)) >= 3
 
 
-def test_links_lead_to_files():
+def test_links_lead_to_files_and_headings():
+    headings = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    anchors = {
+        "#" + re.sub("[^a-z -]", "", h.lower()).replace(" ", "-") for h in headings
+    }
     targets = re.findall(r"\]\(([^)]+)\)", README)
-    for target in [*targets, *re.findall(r'src="([^"]+)"', README)]:
+    for target in {*targets, *re.findall(r'src="([^"]+)"', README)} - anchors:
         assert target.startswith("https://") or (SCRIPT.parent / target).exists()
 
 
