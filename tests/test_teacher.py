@@ -224,11 +224,11 @@ def test_a_teacher_without_its_configuration_is_used_with_a_warning(
     call, data, wide, tmp_path
 ):
     shutil.copy(wide, tmp_path / "alone.pt")
-    flags = ["--data-dir", data, "--teacher", "alone.pt", "--epochs", 1]
-    assert call(*flags).stderr == ""
+    flags = ["--data-dir", data, "--teacher", "alone.pt", "--epochs", 1, "--out"]
+    assert call(*flags, "first").stderr == ""
     for content in (None, '{"name": "another project"}'):
         if content:
             (tmp_path.parent / "config.json").write_text(content)
-        process = call(*flags, "--holdout", 100)
+        process = call(*flags, f"with-{content is None}", "--holdout", 100)
         assert process.returncode == 0
         assert process.stderr.startswith("mnist_cnn.py: warning: alone.pt")
