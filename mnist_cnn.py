@@ -567,8 +567,8 @@ def draw_comparison(path, runs):
     for run in runs:
         dots = [result["accuracy"] for result in run["seeds"].values()]
         ax.plot(dots, [run["name"]] * len(dots), "o", alpha=0.4)
-        width = run.get("interval")
-        ax.errorbar(run["mean"], run["name"], xerr=width, fmt="k|", capsize=4)
+        interval = run.get("interval")
+        ax.errorbar(run["mean"], run["name"], xerr=interval, fmt="k|", capsize=4)
     ax.set(xlabel="accuracy in %")
     ax.margins(y=0.3 / len(runs))
     ax.invert_yaxis()

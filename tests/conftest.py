@@ -133,6 +133,22 @@ def trained(data, tmp_path_factory):
     return folder / "run", output
 
 
+@pytest.fixture
+def train(call, data, tmp_path, monkeypatch):
+    """Train with the command; return the folder of its only seed."""
+    # No pictures, which take longer than training on so few images.
+    monkeypatch.setattr(mnist_cnn, "draw_report", lambda *_: None)
+
+    def train_with(*flags):
+        folder = f"run-{len(list(tmp_path.iterdir()))}"
+        flags = ["--data-dir", data, "--device", "cpu", "--out", folder, *flags]
+        process = call(*flags)
+        assert process.returncode == 0, process.stderr
+        return next((tmp_path / folder).glob("seed-*"))
+
+    return train_with
+
+
 ROW = re.compile(r" +(\d+)  (\d\.\d{6})( +\d+\.\d{4} +\d+\.\d\d %){2} +\d+\.\d")
 
 

@@ -13,22 +13,6 @@ import mnist_cnn
 
 
 @pytest.fixture
-def train(call, data, tmp_path, monkeypatch):
-    """Train with the command; return the folder of its only seed."""
-    # No pictures, which take longer than training on so few images.
-    monkeypatch.setattr(mnist_cnn, "draw_report", lambda *_: None)
-
-    def train_with(*flags):
-        folder = f"run-{len(list(tmp_path.iterdir()))}"
-        flags = ["--data-dir", data, "--device", "cpu", "--out", folder, *flags]
-        process = call(*flags)
-        assert process.returncode == 0, process.stderr
-        return next((tmp_path / folder).glob("seed-*"))
-
-    return train_with
-
-
-@pytest.fixture
 def steps():
     """The optimizer's settings in each step that it takes during the test."""
     settings = []
