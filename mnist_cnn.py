@@ -19,6 +19,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import textwrap
@@ -29,6 +30,9 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while the libraries load: no traceback
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -793,6 +797,7 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_ctrl_c)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it was closed
     sys.stdout.reconfigure(errors="replace")  # ± where the encoding is ASCII
     try:

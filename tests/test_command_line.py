@@ -344,6 +344,15 @@ def test_ctrl_c_ends_with_one_line_and_status_130(data, tmp_path):
     assert process.stderr_text == "mnist_cnn.py: error: interrupted\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_ctrl_c_while_libraries_load_ends_without_a_traceback(tmp_path):
+    with start("--synthetic", cwd=tmp_path) as process:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "torch" not in errors
+
+
 def test_a_reader_of_the_output_that_goes_away_ends_the_run_with_one_line(
     data, tmp_path
 ):
