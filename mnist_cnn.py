@@ -667,43 +667,50 @@ def parse_arguments(arguments):
     return args
 
 
-def open_folder(args, arguments, saved, where, datasets):
-    """Create a run's folder, or check that --resume may continue it; return it."""
-    now = time.strftime("%Y-%m-%d-%H%M%S")
-    folder = Path(args.resume or args.out or f"runs/{now}-{os.getpid()}")
-    # Flags that are newer than the run to be resumed have their defaults.
-    old_flags = vars(parse_arguments([])) | (saved["flags"] if saved else {})
+def describe_run(args, arguments, where, datasets):
+    """Return what config.json holds: what a run was given and what it runs on."""
     varies = ("data_dir", "device", "resume", "runs", "test_name")
     flags = {name: value for name, value in vars(args).items() if name not in varies}
-    flags["teacher"] = [zlib.crc32(Path(p).read_bytes()) for p in args.teacher]
+    flags["teacher"] = [zlib.crc32(Path(path).read_bytes()) for path in args.teacher]
     tensors = b"".join(part.cpu().numpy() for pair in datasets for part in pair)
     arguments = [*arguments, "--data-dir", os.path.abspath(args.data_dir)]
     if args.teacher:
         arguments += ["--teacher", *map(os.path.abspath, args.teacher)]
-    config = {"arguments": arguments}
-    config |= {"flags": flags, "data": zlib.crc32(tensors), "device": where}
-    config["runs"] = args.runs
-    config |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    config = {"arguments": arguments, "flags": flags, "data": zlib.crc32(tensors)}
+    config |= {"device": where, "runs": args.runs}
+    return config | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def open_folder(args, saved, config):
+    """Create a run's folder, or check that --resume may continue it; return it."""
     for path in args.teacher if args.holdout else ():
         check_teacher(path, config["data"])
-    if not saved:
-        make_folder(folder, config)
-    elif changed := [n for n in flags if old_flags[n] != flags[n]]:
-        extra = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        fail(f"{folder} was trained with other {extra}: leave it as it was", status=2)
-    elif saved["data"] != config["data"]:
-        fail(f"{folder} was trained on other data than that in {args.data_dir}")
-    elif args.runs < saved["runs"]:
-        fail(f"{folder} has --runs {saved['runs']} already, not {args.runs}", status=2)
-    else:
+    now = time.strftime("%Y-%m-%d-%H%M%S")
+    folder = Path(args.resume or args.out or f"runs/{now}-{os.getpid()}")
+    if saved:
+        check_resume(args, folder, saved, config)
         save(folder / "config.json", saved | {"runs": args.runs})
-        if saved["device"] != where:
-            print(f"Started on {saved['device']}: from here on not bit-identical.")
-        if (folder / "mnist_cnn.py").read_bytes() != Path(__file__).read_bytes():
-            print("Started with another script: from here on not bit-identical.")
+    else:
+        make_folder(folder, config)
     print(f"Output files in {folder}; to continue after a stop:")
     print(resume_command(folder))
     return folder
+
+
+def check_resume(args, folder, saved, config):
+    """Refuse to continue a run with another script, other flags or other data."""
+    if (folder / "mnist_cnn.py").read_bytes() != Path(__file__).read_bytes():
+        fail(f"{folder} has another script: {resume_command(folder)}")
+    old, new = saved["flags"], config["flags"]
+    if changed := [name for name in new if old.get(name) != new[name]]:
+        extra = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        fail(f"{folder} was trained with other {extra}: leave it as it was", status=2)
+    if saved["data"] != config["data"]:
+        fail(f"{folder} was trained on other data than that in {args.data_dir}")
+    if args.runs < saved["runs"]:
+        fail(f"{folder} has --runs {saved['runs']} already, not {args.runs}", status=2)
+    if saved["device"] != config["device"]:
+        print(f"Started on {saved['device']}: from here on not bit-identical.")
 
 
 def check_teacher(path, data):
@@ -776,7 +783,8 @@ def main(arguments):
     if rank == 0:
         datasets = load_datasets(args)
         if args.resume or not args.dry_run:
-            folder = open_folder(args, arguments, saved, where, datasets)
+            config = describe_run(args, arguments, where, datasets)
+            folder = open_folder(args, saved, config)
     if ranks > 1:
         distributed.broadcast_object_list(shared := [folder])
         folder = shared[0]

@@ -249,26 +249,11 @@ def test_another_flag_beside_resume_is_refused_by_name(copy, call, flag):
     assert_one_line(call("--resume", "copy", flag), 2, flag.split("=")[0])
 
 
-def test_a_run_whose_flags_now_mean_something_else_is_refused(copy, call):
-    config = json.loads((copy / "config.json").read_text())
-    config["flags"]["lr"] = 0.3
-    (copy / "config.json").write_text(json.dumps(config))
-    assert_one_line(call("--resume", "copy"), 2, "copy", "--lr")
-
-
-def test_a_run_without_a_flag_that_is_new_can_be_resumed(copy, call):
-    config = json.loads((copy / "config.json").read_text())
-    del config["flags"]["pct_start"]
-    (copy / "config.json").write_text(json.dumps(config))
-    assert call("--resume", "copy").returncode == 0
-    assert_one_line(call("--resume", "copy", "--pct-start", 0.5), 2, "--pct-start")
-
-
-def test_resuming_with_another_script_says_so(copy, call):
-    assert "another script" not in call("--resume", "copy").stdout
+def test_resuming_with_another_script_is_refused(copy, call):
     with open(copy / "mnist_cnn.py", "a") as file:
         file.write("# changed")
-    assert "another script" in call("--resume", "copy").stdout
+    command = "python copy/mnist_cnn.py --resume copy"
+    assert_one_line(call("--resume", "copy"), 1, "another script", command)
 
 
 def test_resuming_on_other_data_is_refused(copy, call, datasets, tmp_path):
