@@ -700,7 +700,8 @@ def open_folder(args, saved, config):
 def check_resume(args, folder, saved, config):
     """Refuse to continue a run with another script, other flags or other data."""
     if (folder / "mnist_cnn.py").read_bytes() != Path(__file__).read_bytes():
-        fail(f"{folder} has another script: {resume_command(folder)}")
+        command = resume_command(folder)
+        fail(f"{folder} was started with another script; continue with: {command}")
     old, new = saved["flags"], config["flags"]
     if changed := [name for name in new if old.get(name) != new[name]]:
         extra = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
