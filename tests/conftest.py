@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +21,9 @@ import mnist_cnn
 # bit, which takes the same number, and two scripts at a time would fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# A shell starts a background job with Ctrl-C ignored, which the scripts would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SCRIPT = Path(mnist_cnn.__file__).resolve()
 ARCHIVES = [name for name, _ in MNIST.resources]
