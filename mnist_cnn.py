@@ -676,9 +676,15 @@ def describe_run(args, arguments, where, datasets):
     arguments = [*arguments, "--data-dir", os.path.abspath(args.data_dir)]
     if args.teacher:
         arguments += ["--teacher", *map(os.path.abspath, args.teacher)]
-    config = {"arguments": arguments, "flags": flags, "data": zlib.crc32(tensors)}
-    config |= {"device": where, "runs": args.runs}
-    return config | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "arguments": arguments,
+        "flags": flags,
+        "data": zlib.crc32(tensors),
+        "device": where,
+        "runs": args.runs,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def open_folder(args, saved, config):
