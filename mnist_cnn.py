@@ -22,7 +22,6 @@ import shutil
 import signal
 import statistics
 import sys
-import textwrap
 import time
 import zlib
 from collections import namedtuple
@@ -38,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import distributed, nn
+from torch.optim.swa_utils import update_bn
 from torchvision.datasets import MNIST
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -216,7 +216,7 @@ def make_model(width, dropout, device, precision):
 
 
 def load_model(path, device="cpu", precision="fp32"):
-    """Return the model whose weights are in a file, as wide as they are."""
+    """Return the model whose weights, and with them its width, are in a file."""
     with failing_with(f"cannot use {path}"):
         weights = torch.load(path, "cpu", weights_only=True)
         width = len(dict(weights)["conv1.bias"]) // 10 or 1
@@ -236,8 +236,8 @@ HEADER = "epoch        lr   train loss  accuracy  {:>15}  accuracy   seconds"
 ROW = "{:5d}  {:8.6f}  {:11.4f}  {:6.2f} %  {:15.4f}  {:6.2f} %  {:8.1f}"
 
 
-def make_training(args, seed, steps):
-    """Return a new model, its optimizer and scheduler, stepped per batch."""
+def make_training(args, seed, total_steps):
+    """Return a new model, its optimizer and its scheduler, which steps per batch."""
     torch.manual_seed(seed * 10_000)
     torch.backends.cudnn.deterministic = True  # the seed fixes the weights
     model = make_model(args.width, args.dropout, args.device, args.precision)
@@ -248,9 +248,9 @@ def make_training(args, seed, steps):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         args.lr,
-        steps,
+        total_steps,
         # OneCycleLR divides by (steps of the warm-up - 1).
-        pct_start=args.pct_start if args.pct_start * steps != 1 else 0.0,
+        pct_start=args.pct_start if args.pct_start * total_steps != 1 else 0.0,
         div_factor=args.div_factor,
         final_div_factor=args.final_div_factor,
         cycle_momentum=False,
@@ -272,7 +272,7 @@ def distillation_loss(output, teacher_outputs, temperature):
 def train_epoch(args, teachers, model, optimizer, scheduler, batches, steps):
     """Train an epoch; return last learning rate, mean loss, accuracy in %."""
     model.train()
-    count, losses, correct = 0, 0, 0  # the sums stay on the device
+    count, loss_sum, correct = 0, 0, 0  # on the device: no wait for it in every step
     bar = tqdm(total=steps, file=sys.stdout, disable=None, leave=False)
     for inputs, labels in batches:
         optimizer.zero_grad()
@@ -288,26 +288,22 @@ def train_epoch(args, teachers, model, optimizer, scheduler, batches, steps):
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
         count += len(labels)
-        losses += loss.detach() * len(labels)
+        loss_sum += loss.detach() * len(labels)
         correct += (output.argmax(dim=1) == labels).sum()
         if bar.update():  # redrawn: only then wait for the device
             accuracy = 100 * correct.item() / count
-            bar.set_postfix(loss=losses.item() / count, accuracy=accuracy)
+            bar.set_postfix(loss=loss_sum.item() / count, accuracy=accuracy)
     bar.close()
-    return learning_rate, losses.item() / count, 100 * correct.item() / count
+    return learning_rate, loss_sum.item() / count, 100 * correct.item() / count
 
 
 @torch.no_grad()
 def precise_batch_norm(model, images):
-    """Give BatchNorm the statistics of all images (Wu and Johnson 2021)."""
-    model.eval()  # no dropout
-    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    count = 0
-    for batch in images.unsqueeze(1).split(1000):
-        count += len(batch)
-        for norm in norms:  # so that each image weighs the same
-            norm.train().momentum = len(batch) / count
-        model(normalise(batch))
+    """Give BatchNorm the statistics of the images as they are (Wu and Johnson 2021)."""
+    model.dropout.p = 0  # the model will be tested without
+    # Parts of one size, because each weighs the same.
+    parts = images.unsqueeze(1).tensor_split(math.ceil(len(images) / 1000))
+    update_bn((normalise(part) for part in parts), model)
 
 
 @torch.no_grad()
@@ -406,23 +402,22 @@ def test(args, model, history, test_set, folder):
     images, labels = test_set
     output = predict(model, images, args.test_batch_size)
     loss, accuracy = loss_and_accuracy(output, labels)
-    result, text = {"accuracy": accuracy, "loss": loss}, f"{accuracy:.2f} %"
+    result = {"accuracy": accuracy, "loss": loss}
+    print(f"{args.test_name} accuracy {accuracy:.2f} %")
     if args.tta:
         averaged = predict_tta(model, images, args.test_batch_size)
         result["tta_accuracy"] = loss_and_accuracy(averaged, labels)[1]
-        text += f" ({result['tta_accuracy']:.2f} % with TTA)"
+        print(f"{args.test_name} TTA accuracy {result['tta_accuracy']:.2f} %")
     if history:
-        best, last = max(history, key=lambda row: row.eval_accuracy), history[-1]
-        result |= {"best": best._asdict(), "seconds": last.seconds}
-        text += f" after epoch {last.epoch} (best {best.eval_accuracy:.2f} % in epoch "
-        text += f"{best.epoch}, chosen on the {args.test_name.lower()} set)"
+        best = max(history, key=lambda row: row.eval_accuracy)
+        result |= {"best": best._asdict(), "seconds": history[-1].seconds}
+        text = f"{best.eval_accuracy:.2f} % in epoch {best.epoch}"
+        print(f"Best {text}, chosen on the {args.test_name.lower()} set")
         for goal in (99.0, 99.4):
             if row := next((row for row in history if row.eval_accuracy >= goal), None):
                 result[f"epochs_to_{goal}"] = row.epoch
-                text += f"; {goal} % after {row.seconds:.0f} s, epoch {row.epoch}"
-        text += f"; {last.seconds:.0f} s in all"
-    print(textwrap.fill(f"{args.test_name} accuracy {text}", 80))
-    masks = {digit: labels == digit for digit in sorted(set(labels.tolist()))}
+                print(f"{goal} % after {row.seconds:.0f} s, in epoch {row.epoch}")
+    masks = {digit: labels == digit for digit in labels.unique().tolist()}
     digits = {d: loss_and_accuracy(output[m], labels[m])[1] for d, m in masks.items()}
     print("digit   ", *(f"{digit:>6}" for digit in digits))
     print("accuracy", *(f"{value:6.2f}" for value in digits.values()), flush=True)
@@ -490,9 +485,8 @@ def summarise(args, folder):
             interval = student_t(args.runs - 1) * deviation / args.runs**0.5
             mean |= {"deviation": deviation, "interval": interval}
             title = f"{args.test_name} {name}".replace("tta_", "TTA ")
-            text = f"{title} {mean['mean']:.2f} ± {interval:.2f} % (mean and 95 % "
-            text += f"confidence interval of {args.runs} seeds, after the last epoch)"
-            print(textwrap.fill(text, 80))
+            text = f"{title} {mean['mean']:.2f} ± {interval:.2f} %"
+            print(f"{text} (mean and 95 % confidence interval, n = {args.runs})")
     save(folder / "result.json", summary)
 
 
@@ -507,18 +501,17 @@ def student_t(freedom, confidence=0.95):
 
 def compare(folders, picture):
     """Print how finished runs differ from the first, in accuracy and in flags."""
-    runs, confidence = [], 1 - 0.05 / (len(folders) - 1)  # Bonferroni's correction
+    confidence = 1 - 0.05 / max(1, len(folders) - 1)  # Bonferroni's correction
+    runs = []
     for folder in folders:
         with failing_with(f"cannot compare {folder} (if unfinished, --resume it)"):
             run = json.loads(Path(folder, "config.json").read_text())
             run |= json.loads(Path(folder, "result.json").read_text())
-            script = Path(folder, "mnist_cnn.py").read_bytes()
-            run["flags"]["script"] = f"{zlib.crc32(script):08x}"
             runs.append(run | run["accuracy"] | {"name": folder})
             if runs[-1]["n"] != run["runs"]:
                 raise ValueError("seeds are missing")
-        if run["data"] != runs[0]["data"]:
-            fail(f"cannot compare {folders[0]} and {folder}: they saw different images")
+            if run["flags"]["data"] != runs[0]["flags"]["data"]:
+                fail(f"{folders[0]} and {folder} cannot be compared: different images")
     kind = "validation" if runs[0]["flags"]["holdout"] else "test"
     width = max(map(len, folders))
     print(f"{'run':{width}}    n  {kind} accuracy, %; difference from the first")
@@ -558,6 +551,7 @@ def verdict(a, b, confidence):
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     effect = difference**2 / (a["deviation"] ** 2 + b["deviation"] ** 2)
     seeds = math.ceil((z + 0.8416) ** 2 / max(effect, 1e-9) + z**2 / 4)
+    seeds = max(seeds, min(a["n"], b["n"]) + 1)  # so few did not tell
     about = f"about {seeds}" if seeds <= 1000 else "more than 1,000"
     return f"{text}cannot tell; {about} seeds each would", seeds
 
@@ -586,7 +580,7 @@ FLAGS = {
     "recipe": [
         ("--recipe", "reference", list(RECIPES), "preset; explicit flags override it"),
         ("--epochs", 19, (1, 10_000), "passes over the train set"),
-        ("--batch-size", 128, (1, math.inf), "images in a training batch"),
+        ("--batch-size", 128, (1, 100_000), "images in a training batch"),
         ("--lr", 0.015, (0, math.inf), "maximum learning rate of OneCycleLR"),
         ("--momentum", 0.9, (0, 1), "momentum of SGD, not cycled"),
         ("--weight-decay", 1e-4, (0, math.inf), "L2 penalty on all parameters"),
@@ -606,8 +600,8 @@ FLAGS = {
     "run": [
         ("--seed", 1, (0, 100_000), "seed of the first model"),
         ("--runs", 1, (1, 100_000), "models to train, seeds from --seed up"),
-        ("--holdout", 0, (0, math.inf), "hold out the last N images to validate on"),
-        ("--test-batch-size", 1000, (1, math.inf), "images in a test batch"),
+        ("--holdout", 0, (0, 100_000), "hold out the last N images to validate on"),
+        ("--test-batch-size", 1000, (1, 100_000), "images in a test batch"),
         ("--device", "auto", "NAME", "cpu, or an accelerator as in cuda, cuda:1"),
         ("--precision", "fp32", ["fp32", "tf32", "bf16"], "numerical precision"),
         ("--tta", False, None, "test-time augmentation: average nine shifts"),
@@ -619,7 +613,7 @@ FLAGS = {
         ("--out", None, "DIR", "new folder for the output files"),
         ("--resume", None, "DIR", "continue the run in a folder"),
         ("--evaluate", None, "FILE", "only test the weights in a file"),
-        ("--compare", None, "RUN...", "compare the accuracies of two or more runs"),
+        ("--compare", None, "RUN...", "compare the accuracies of finished runs"),
     ],
 }
 
@@ -660,8 +654,6 @@ def parse_arguments(arguments):
     if args.device not in devices:
         available = ", ".join(devices)
         parser.error(f"--device {args.device} is not available; available: {available}")
-    if args.compare and len(args.compare) == 1:
-        parser.error("--compare takes two runs or more")
     args.epochs = 1 if args.dry_run else args.epochs
     args.test_name = "Validation" if args.holdout else "Test"
     return args
@@ -671,15 +663,16 @@ def describe_run(args, arguments, where, datasets):
     """Return what config.json holds: what a run was given and what it runs on."""
     varies = ("data_dir", "device", "resume", "runs", "test_name")
     flags = {name: value for name, value in vars(args).items() if name not in varies}
-    flags["teacher"] = [zlib.crc32(Path(path).read_bytes()) for path in args.teacher]
     tensors = b"".join(part.cpu().numpy() for pair in datasets for part in pair)
+    flags["data"] = zlib.crc32(tensors)
+    flags["script"] = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"
+    flags["teacher"] = [zlib.crc32(Path(path).read_bytes()) for path in args.teacher]
     arguments = [*arguments, "--data-dir", os.path.abspath(args.data_dir)]
     if args.teacher:
         arguments += ["--teacher", *map(os.path.abspath, args.teacher)]
     return {
         "arguments": arguments,
         "flags": flags,
-        "data": zlib.crc32(tensors),
         "device": where,
         "runs": args.runs,
         "threads": torch.get_num_threads(),
@@ -690,7 +683,7 @@ def describe_run(args, arguments, where, datasets):
 def open_folder(args, saved, config):
     """Create a run's folder, or check that --resume may continue it; return it."""
     for path in args.teacher if args.holdout else ():
-        check_teacher(path, config["data"])
+        check_teacher(path, config["flags"]["data"])
     now = time.strftime("%Y-%m-%d-%H%M%S")
     folder = Path(args.resume or args.out or f"runs/{now}-{os.getpid()}")
     if saved:
@@ -704,27 +697,23 @@ def open_folder(args, saved, config):
 
 
 def check_resume(args, folder, saved, config):
-    """Refuse to continue a run with another script, other flags or other data."""
-    if (folder / "mnist_cnn.py").read_bytes() != Path(__file__).read_bytes():
-        command = resume_command(folder)
-        fail(f"{folder} was started with another script; continue with: {command}")
+    """Refuse to continue a run with other flags, data, script or teachers."""
     old, new = saved["flags"], config["flags"]
-    if changed := [name for name in new if old.get(name) != new[name]]:
-        extra = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        fail(f"{folder} was trained with other {extra}: leave it as it was", status=2)
-    if saved["data"] != config["data"]:
-        fail(f"{folder} was trained on other data than that in {args.data_dir}")
+    if changed := ", ".join(name for name in new if old.get(name) != new[name]):
+        command = resume_command(folder)
+        fail(f"{folder} was started with different {changed}; continue with: {command}")
     if args.runs < saved["runs"]:
         fail(f"{folder} has --runs {saved['runs']} already, not {args.runs}", status=2)
-    if saved["device"] != config["device"]:
-        print(f"Started on {saved['device']}: from here on not bit-identical.")
+    if saved["device"] != config["device"] or saved["torch"] != config["torch"]:
+        started = f"{saved['device']}, torch {saved['torch']}"
+        print(f"Started on {started}: from here on not bit-identical.")
 
 
 def check_teacher(path, data):
     """Refuse a teacher that may have been trained on the validation images."""
     teacher_data, run = None, Path(path).resolve().parent.parent
     with suppress(OSError, ValueError, KeyError, TypeError):
-        teacher_data = json.loads((run / "config.json").read_text())["data"]
+        teacher_data = json.loads((run / "config.json").read_text())["flags"]["data"]
     problem = f"{path} may have seen the validation images"
     if teacher_data is None:
         print(f"mnist_cnn.py: warning: {problem}: no config.json", file=sys.stderr)
@@ -760,12 +749,14 @@ def print_header(width, device):
     with suppress(ImportError):
         from torchsummary import summary
 
-        summary(Net(width), (1, 28, 28), device="cpu")  # another Net: BatchNorm changes
+        summary(Net(width), (1, 28, 28), device="cpu")
     return where
 
 
 def main(arguments):
+    """Train, evaluate or compare, as the flags say."""
     args, saved, rank, ranks = parse_arguments(arguments), None, 0, 1
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if args.compare:
         return compare(args.compare, args.out)
     if args.out and not args.resume and Path(args.out).exists():
@@ -781,7 +772,7 @@ def main(arguments):
             runs = ["--runs", str(saved["runs"])]
             args = parse_arguments([*saved["arguments"], *runs, *arguments])
             torch.set_num_threads(saved["threads"])
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks share the seeds
+    if torchrun:  # its ranks share the seeds
         distributed.init_process_group("gloo", timeout=timedelta(days=30))
         rank, ranks = distributed.get_rank(), distributed.get_world_size()
         sys.stdout = io.StringIO() if rank > 0 else sys.stdout  # only rank 0 prints
@@ -789,10 +780,10 @@ def main(arguments):
     where, folder = print_header(args.width, args.device), None
     if rank == 0:
         datasets = load_datasets(args)
-        if args.resume or not args.dry_run:
+        if not args.dry_run:
             config = describe_run(args, arguments, where, datasets)
             folder = open_folder(args, saved, config)
-    if ranks > 1:
+    if torchrun:
         distributed.broadcast_object_list(shared := [folder])
         folder = shared[0]
     if rank > 0:  # rank 0 has downloaded the files
@@ -804,7 +795,7 @@ def main(arguments):
         print(f"Seed {seed}")
         model, history = train(args, seed, teachers, *datasets, seed_folder)
         test(args, model, history, datasets[1], seed_folder)
-    if ranks > 1:
+    if torchrun:
         distributed.barrier()
         distributed.destroy_process_group()  # its threads could abort the exit
     if folder and rank == 0:
@@ -820,10 +811,10 @@ if __name__ == "__main__":
         sys.stdout.flush()
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except OSError as error:  # stdout leads to a closed pipe or a full disk
+    except OSError as error:  # above all where stdout is a closed pipe or a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         fail(f"stopped: {error}")
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():
+        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
             raise
         fail("out of memory: try a lower --batch-size or --test-batch-size")

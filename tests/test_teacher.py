@@ -166,7 +166,7 @@ def test_the_configuration_names_the_teacher_with_a_checksum(taught, wide):
 def test_resuming_with_another_teacher_is_refused(taught, call, tmp_path):
     torch.save(mnist_cnn.Net(width=2).state_dict(), tmp_path / "other.pt")
     process = call("--resume", taught, "--teacher", "other.pt")
-    assert_one_line(process, 2, taught, "--teacher")
+    assert_one_line(process, 1, taught, "different teacher")
 
 
 def test_a_teacher_that_was_moved_can_be_given_again(taught, call, tmp_path, wide):
