@@ -87,10 +87,10 @@ def synthetic_digits(count, seed):
         picture = Image.new("L", (28, 28))
         ImageDraw.Draw(picture).text((14, 14), str(digit), 255, font, anchor="mm")
         glyphs[digit] = pil_to_tensor(picture)
-    random = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (count,), generator=random)
-    degrees = torch.randn(count, generator=random) * 15
-    shifts = torch.randn(count, 2, generator=random) * 2
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=generator)
+    degrees = torch.randn(count, generator=generator) * 15
+    shifts = torch.randn(count, 2, generator=generator) * 2
     return affine(glyphs[labels], degrees, shifts).squeeze(1).byte(), labels
 
 
@@ -118,7 +118,7 @@ def affine(images, degrees, shifts):
     ``shifts`` (N, 2): pixels right and down; ``degrees`` (N,): counter-clockwise.
     """
     cosine, sine = degrees.deg2rad().cos(), degrees.deg2rad().sin()
-    # Where each output pixel samples the input, from -1 to 1.
+    # Each output pixel samples the input at rotation * itself - shift, from -1 to 1.
     x, y = (-shifts / 14).unbind(dim=1)
     matrix = torch.stack((cosine, -sine, x, sine, cosine, y), dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
@@ -126,7 +126,7 @@ def affine(images, degrees, shifts):
 
 
 def normalise(images):
-    """Return pixels of 0 to 255 as inputs of mean 0 and deviation 1."""
+    """Return pixels of 0 to 255 as inputs of mean 0 and standard deviation 1."""
     return (images / 255 - MEAN) / STD
 
 
@@ -148,12 +148,12 @@ def train_batches(images, labels, batch_size, rotation, shift):
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` that draws only what it drops: a CPU saves a third of a step."""
+    """``nn.Dropout`` drawing only what it drops: saves a third of a step on a CPU."""
 
     def forward(self, x):
         if not (self.training and self.p and x.device.type == "cpu"):
             return super().forward(x)
-        # So many draws miss an element with probability 1 - p, independently.
+        # So many, with replacement, leave each element out with probability 1 - p.
         draws = torch.poisson(torch.tensor(-x.numel() * math.log1p(-self.p)))
         dropped = torch.randint(x.numel(), (int(draws),))
         mask = x.new_full((x.numel(),), 1 / (1 - self.p)).index_fill_(0, dropped, 0)
@@ -513,7 +513,7 @@ def compare(folders, picture):
             if run["flags"]["data"] != runs[0]["flags"]["data"]:
                 fail(f"{folders[0]} and {folder} cannot be compared: different images")
     kind = "validation" if runs[0]["flags"]["holdout"] else "test"
-    width = max(map(len, folders))
+    width = max(3, *map(len, folders))
     print(f"{'run':{width}}    n  {kind} accuracy, %; difference from the first")
     advice = {}  # the number of seeds that each run should have
     for index, run in enumerate(runs):
@@ -637,6 +637,7 @@ def parse_arguments(arguments):
                 options["nargs"] = "+" if valid.endswith("...") else None
             text += " (default: %(default)s)" * (default not in (None, []))
             group.add_argument(flag, default=default, help=text, **options)
+    # Once for the recipe alone, whose defaults --help then shows.
     no_help = [word for word in arguments if word not in ("-h", "--help")]
     parser.set_defaults(**RECIPES[parser.parse_args(no_help).recipe])
     args = parser.parse_args(arguments)
@@ -661,7 +662,7 @@ def parse_arguments(arguments):
 
 def describe_run(args, arguments, where, datasets):
     """Return what config.json holds: what a run was given and what it runs on."""
-    varies = ("data_dir", "device", "resume", "runs", "test_name")
+    varies = ("data_dir", "device", "resume", "runs", "test_name")  # when resumed
     flags = {name: value for name, value in vars(args).items() if name not in varies}
     tensors = b"".join(part.cpu().numpy() for pair in datasets for part in pair)
     flags["data"] = zlib.crc32(tensors)
@@ -711,7 +712,7 @@ def check_resume(args, folder, saved, config):
 
 def check_teacher(path, data):
     """Refuse a teacher that may have been trained on the validation images."""
-    teacher_data, run = None, Path(path).resolve().parent.parent
+    teacher_data, run = None, Path(path).resolve().parents[1]  # of run/seed-N/final.pt
     with suppress(OSError, ValueError, KeyError, TypeError):
         teacher_data = json.loads((run / "config.json").read_text())["flags"]["data"]
     problem = f"{path} may have seen the validation images"
@@ -728,7 +729,7 @@ def resume_command(folder):
 
 
 def make_folder(folder, config):
-    """Create a folder with config.json and the script, atomically."""
+    """Create a folder with config.json and the script, or nothing."""
     unfinished = Path(f"{folder}.{os.getpid()}.new")
     with failing_with(f"cannot make {folder}"):
         try:
