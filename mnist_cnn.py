@@ -30,6 +30,8 @@ from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
+SOURCE = Path(__file__).read_bytes()  # saved with the results
+
 if __name__ == "__main__":  # Ctrl-C while the libraries load: no traceback
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -70,7 +72,7 @@ def failing_with(problem):
 def load_mnist(data_dir, train):
     """Return the train set or the test set, downloaded if absent."""
     raw = Path(data_dir, "MNIST", "raw")
-    remedy = "put its four .gz files there, delete damaged ones, or use --synthetic"
+    remedy = "give --data-dir, put its four .gz files there, or use --synthetic"
     with failing_with(f"cannot read MNIST in {raw} ({remedy})"):
         dataset = MNIST(data_dir, train, download=True)
         images, labels = dataset.data, dataset.targets
@@ -104,7 +106,7 @@ def load_datasets(args):
         test_set = None if args.holdout else load_mnist(args.data_dir, train=False)
     if args.holdout:
         if args.holdout >= (count := len(train_set[0])):
-            fail(f"--holdout {args.holdout} leaves none of {count} images to train on")
+            fail(f"--holdout {args.holdout} leaves none of {count} images", status=2)
         test_set = [part[-args.holdout :] for part in train_set]
         train_set = [part[: -args.holdout] for part in train_set]
     limit = args.batch_size if args.dry_run else None
@@ -348,7 +350,7 @@ def train(args, seed, teachers, train_set, test_set, folder):
         history.append(Epoch(epoch, *trained, *tested, time.perf_counter() - start))
         if not math.isfinite(history[-1].train_loss + history[-1].eval_loss):
             fail(f"loss not finite in epoch {epoch}: try a lower --lr than {args.lr}")
-        print(ROW.format(*history[-1]), flush=True)
+        print(ROW.format(*history[-1]))
         if folder:
             save_checkpoint(folder, training, history)
     return model, history
@@ -420,15 +422,16 @@ def test(args, model, history, test_set, folder):
     masks = {digit: labels == digit for digit in labels.unique().tolist()}
     digits = {d: loss_and_accuracy(output[m], labels[m])[1] for d, m in masks.items()}
     print("digit   ", *(f"{digit:>6}" for digit in digits))
-    print("accuracy", *(f"{value:6.2f}" for value in digits.values()), flush=True)
+    print("accuracy", *(f"{value:6.2f}" for value in digits.values()))
     if folder:
         save(folder / "final.pt", model.state_dict())
-        save(folder / "result.json", result | {"accuracy_by_digit": digits})
         try:
             tensors = (tensor.cpu() for tensor in (images, labels, output))
             draw_report(folder / "report.png", history, *tensors)
         except Exception as error:  # noqa: BLE001
             print(f"mnist_cnn.py: warning: no report.png: {error}", file=sys.stderr)
+        # The last file: with it the seed is finished.
+        save(folder / "result.json", result | {"accuracy_by_digit": digits})
 
 
 def draw_report(path, history, images, labels, output):
@@ -511,7 +514,7 @@ def compare(folders, picture):
             if runs[-1]["n"] != run["runs"]:
                 raise ValueError("seeds are missing")
             if run["flags"]["data"] != runs[0]["flags"]["data"]:
-                fail(f"{folders[0]} and {folder} cannot be compared: different images")
+                raise ValueError(f"other data or --holdout than in {folders[0]}")
     kind = "validation" if runs[0]["flags"]["holdout"] else "test"
     width = max(3, *map(len, folders))
     print(f"{'run':{width}}    n  {kind} accuracy, %; difference from the first")
@@ -586,8 +589,8 @@ FLAGS = {
         ("--weight-decay", 1e-4, (0, math.inf), "L2 penalty on all parameters"),
         ("--width", 1, (1, 100), "multiple of all hidden channels"),
         ("--dropout", 0.05, (0, 1), "probability of dropping an activation"),
-        ("--rotation", 7.0, (0, math.inf), "maximum random rotation, degrees"),
-        ("--shift", 0.0, (0, math.inf), "maximum random shift, pixels"),
+        ("--rotation", 7.0, (0, 360), "maximum random rotation, degrees"),
+        ("--shift", 0.0, (0, 28), "maximum random shift, pixels"),
         ("--pct-start", 0.2, (0, 1), "fraction of the steps that warm up"),
         ("--div-factor", 10.0, (1, math.inf), "maximum / initial learning rate"),
         ("--final-div-factor", 100.0, (1, math.inf), "initial / final learning rate"),
@@ -666,7 +669,7 @@ def describe_run(args, arguments, where, datasets):
     flags = {name: value for name, value in vars(args).items() if name not in varies}
     tensors = b"".join(part.cpu().numpy() for pair in datasets for part in pair)
     flags["data"] = zlib.crc32(tensors)
-    flags["script"] = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"
+    flags["script"] = f"{zlib.crc32(SOURCE):08x}"
     flags["teacher"] = [zlib.crc32(Path(path).read_bytes()) for path in args.teacher]
     arguments = [*arguments, "--data-dir", os.path.abspath(args.data_dir)]
     if args.teacher:
@@ -701,7 +704,7 @@ def check_resume(args, folder, saved, config):
     """Refuse to continue a run with other flags, data, script or teachers."""
     old, new = saved["flags"], config["flags"]
     if changed := ", ".join(name for name in new if old.get(name) != new[name]):
-        command = resume_command(folder)
+        command = f"{resume_command(folder)} --runs {max(args.runs, saved['runs'])}"
         fail(f"{folder} was started with different {changed}; continue with: {command}")
     if args.runs < saved["runs"]:
         fail(f"{folder} has --runs {saved['runs']} already, not {args.runs}", status=2)
@@ -712,7 +715,8 @@ def check_resume(args, folder, saved, config):
 
 def check_teacher(path, data):
     """Refuse a teacher that may have been trained on the validation images."""
-    teacher_data, run = None, Path(path).resolve().parents[1]  # of run/seed-N/final.pt
+    teacher_data = None
+    run = Path(path).resolve().parent.parent  # of run/seed-N/final.pt
     with suppress(OSError, ValueError, KeyError, TypeError):
         teacher_data = json.loads((run / "config.json").read_text())["flags"]["data"]
     problem = f"{path} may have seen the validation images"
@@ -734,7 +738,7 @@ def make_folder(folder, config):
     with failing_with(f"cannot make {folder}"):
         try:
             save(unfinished / "config.json", config)
-            shutil.copy(__file__, unfinished / "mnist_cnn.py")
+            (unfinished / "mnist_cnn.py").write_bytes(SOURCE)
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -806,16 +810,16 @@ def main(arguments):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_ctrl_c)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it was closed
-    sys.stdout.reconfigure(errors="replace")  # ± where the encoding is ASCII
+    # Lines appear in a pipe at once; ± may be missing from the encoding.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except OSError as error:  # above all where stdout is a closed pipe or a full disk
+    except OSError as error:  # such as stdout on a closed pipe or a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         fail(f"stopped: {error}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
             raise
-        fail("out of memory: try a lower --batch-size or --test-batch-size")
+        fail("out of memory: try a lower --batch-size, --test-batch-size or --width")

@@ -22,6 +22,9 @@ import mnist_cnn
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# The scripts buffer their output as they do for a user.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 # A shell starts a background job with Ctrl-C ignored, which the scripts would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -49,7 +52,7 @@ def start(*flags, cwd, env=None, **options):
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, flags)],
         cwd=cwd,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+        env={**os.environ, **(env or {})},
         **{**pipes, **options},
     )
 

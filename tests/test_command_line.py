@@ -173,8 +173,8 @@ def test_an_explicit_flag_overrides_the_recipe(call, data):
         ("--momentum", "1.0 -0.1 nan", "[0, 1)"),
         ("--weight-decay", "-1e-09 inf nan", "[0, inf)"),
         ("--dropout", "1.0 -0.1 nan", "[0, 1)"),
-        ("--rotation", "-1.0 nan inf", "[0, inf)"),
-        ("--shift", "-0.1 nan", "[0, inf)"),
+        ("--rotation", "-1.0 nan 360.0", "[0, 360)"),
+        ("--shift", "-0.1 nan 28.0", "[0, 28)"),
         ("--pct-start", "1.0 -0.1 nan", "[0, 1)"),
         ("--div-factor", "0.9 inf nan", "[1, inf)"),
         ("--final-div-factor", "0.0 inf nan", "[1, inf)"),
@@ -304,7 +304,7 @@ def test_the_validation_set_is_the_end_of_the_train_set(call, tmp_path, datasets
 
 def test_a_holdout_that_leaves_nothing_to_train_on_is_refused(call, data):
     process = call("--data-dir", data, "--holdout", 600)
-    assert_one_line(process, 1, "--holdout 600 leaves none of 600 images")
+    assert_one_line(process, 2, "--holdout 600 leaves none of 600")
 
 
 # Paths
@@ -341,6 +341,20 @@ def test_ctrl_c_ends_with_one_line_and_status_130(data, tmp_path):
         _, process.stderr_text = process.communicate(timeout=60)
     assert process.returncode == 130
     assert process.stderr_text == "mnist_cnn.py: error: interrupted\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_ctrl_c_that_ends_the_reader_of_the_output_too_gives_one_line(data, tmp_path):
+    """As a terminal sends it to both sides of ``python mnist_cnn.py | tee log``."""
+    process = start("--data-dir", data, "--epochs", 9999, cwd=tmp_path)
+    with process:
+        assert process.stdout.readline().startswith("9,798 parameters")
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+        process.wait(timeout=60)
+    assert errors.count("\n") == 1
+    assert process.returncode in (1, 130)  # the closed pipe may be met first
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
