@@ -1,4 +1,5 @@
 # /// script
+# requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision", "tqdm", "torchsummary", "matplotlib"]
 # ///
 """Train a CNN of 9,798 parameters with global average pooling on MNIST.
