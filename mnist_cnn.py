@@ -300,13 +300,12 @@ def train_epoch(args, teachers, model, optimizer, scheduler, batches, steps):
     return learning_rate, loss_sum.item() / count, 100 * correct.item() / count
 
 
-@torch.no_grad()
 def precise_batch_norm(model, images):
     """Give BatchNorm the statistics of the images as they are (Wu and Johnson 2021)."""
     model.dropout.p = 0  # the model will be tested without
-    # Parts of one size, because each weighs the same.
-    parts = images.unsqueeze(1).tensor_split(math.ceil(len(images) / 1000))
-    update_bn((normalise(part) for part in parts), model)
+    # Batches of one size, because each weighs the same.
+    batches = images.unsqueeze(1).tensor_split(math.ceil(len(images) / 1000))
+    update_bn((normalise(batch) for batch in batches), model)
 
 
 @torch.no_grad()

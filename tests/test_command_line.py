@@ -304,7 +304,7 @@ def test_the_validation_set_is_the_end_of_the_train_set(call, tmp_path, datasets
 
 def test_a_holdout_that_leaves_nothing_to_train_on_is_refused(call, data):
     process = call("--data-dir", data, "--holdout", 600)
-    assert_one_line(process, 2, "--holdout 600 leaves none of 600")
+    assert_one_line(process, 2, "--holdout 600 leaves none of 600 images")
 
 
 # Paths

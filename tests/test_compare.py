@@ -83,6 +83,13 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def edit_flags(folder, **changes):
+    """Change flags in a run's configuration; return what they were."""
+    flags = json.loads((folder / "config.json").read_text())["flags"]
+    edit(folder / "config.json", flags=flags | changes)
+    return flags
+
+
 def add(folder, points):
     """Raise the accuracy of a finished run."""
     accuracy = result(folder)["accuracy"]
@@ -92,8 +99,7 @@ def add(folder, points):
 
 def test_a_comparison_has_a_row_for_each_run_and_for_each_flag(call, other):
     add(other, 50)
-    config = json.loads((other / "config.json").read_text())
-    edit(other / "config.json", flags=config["flags"] | {"lr": 0.5, "recipe": "best"})
+    edit_flags(other, lr=0.5, recipe="best")
     process = call("--compare", "copy", "other")
     assert process.returncode == 0
     header, first, second, confidence, *flags = process.stdout.splitlines()
@@ -120,15 +126,13 @@ def test_with_three_runs_each_interval_is_wider(call, other):
 
 
 def test_other_scripts_are_named(call, other):
-    config = json.loads((other / "config.json").read_text())
-    edit(other / "config.json", flags=config["flags"] | {"script": "0badcafe"})
+    before = edit_flags(other, script="0badcafe")
     last = call("--compare", "copy", "other").stdout.splitlines()[-1]
-    assert last.split() == ["script", config["flags"]["script"], "0badcafe"]
+    assert last.split() == ["script", before["script"], "0badcafe"]
 
 
 def test_a_flag_that_only_one_run_has_is_listed(call, other):
-    config = json.loads((other / "config.json").read_text())
-    edit(other / "config.json", flags=config["flags"] | {"smoothing": 0.1})
+    edit_flags(other, smoothing=0.1)
     last = call("--compare", "copy", "other").stdout.splitlines()[-1]
     assert last.split() == ["smoothing", "None", "0.1"]
 
@@ -158,8 +162,7 @@ def test_a_comparison_of_one_run_gives_its_mean(call, other):
 
 
 def test_results_on_other_images_are_not_compared(call, other):
-    config = json.loads((other / "config.json").read_text())
-    edit(other / "config.json", flags=config["flags"] | {"data": 0})
+    edit_flags(other, data=0)
     process = call("--compare", "copy", "other")
     assert_one_line(process, 1, "cannot compare other", "data", "copy")
 
