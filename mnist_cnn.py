@@ -9,7 +9,8 @@
     python mnist_cnn.py --lr 0.05 --runs 5   # mean and interval of five seeds
     python mnist_cnn.py --resume runs/NAME   # continue a run that was stopped
 
-Test accuracy on a CPU, 5 seeds: reference 99.33 ± 0.07 %, best 99.56 ± 0.02 %.
+Test accuracy on a CPU, 5 seeds: reference 99.33 ± 0.07 %, best 99.56 ± 0.02 %,
+best with --epochs 76 --tta --precision bf16 99.63 ± 0.04 %.
 """
 
 import argparse
