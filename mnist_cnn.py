@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "tqdm", "torchsummary", "matplotlib"]
-# ///
 """Train a CNN of 9,798 parameters with global average pooling on MNIST.
 
     python mnist_cnn.py                      # the reference recipe: 19 epochs
@@ -15,42 +11,32 @@ best with --epochs 76 --tta --precision bf16 99.63 ± 0.04 %.
 
 import argparse
 import ctypes
+import gzip
 import io
 import json
 import math
 import os
-import shlex
-import shutil
-import signal
 import statistics
+import struct
 import sys
+import tempfile
 import time
 import zlib
-from collections import namedtuple
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
-
-SOURCE = Path(__file__).read_bytes()  # saved with the results
-
-if __name__ == "__main__":  # Ctrl-C while the libraries load: no traceback
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import distributed, nn
-from torch.optim.swa_utils import update_bn
+from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.datasets import MNIST
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
+SOURCE = Path(__file__).read_bytes()  # saved with the results
 MEAN, STD = 0.1307, 0.3081  # of the training set's pixels, scaled to [0, 1]
-SHARED = {"weight_decay": 5e-4, "dropout": 0.0, "precise_bn": True}
-BEST = {"lr": 0.2, "rotation": 10.0, "shift": 1.5}
-QUICK = {"epochs": 6, "batch_size": 64, "lr": 0.15, "rotation": 5.0, "shift": 0.5}
-RECIPES = {"reference": {}, "best": SHARED | BEST, "quick": SHARED | QUICK}
 
 
 def fail(message, status=1):
@@ -60,29 +46,15 @@ def fail(message, status=1):
 
 
 @contextmanager
-def failing_with(problem):
+def exit_on_error(problem, status=1):
     """End the program with one line if the block fails."""
     try:
         yield
     except Exception as error:  # noqa: BLE001
-        fail(f"{problem}: {type(error).__name__}: {error}")
+        fail(f"{problem}: {type(error).__name__}: {error}", status)
 
 
-# ---- Data: (images (N, 28, 28) uint8, labels (N,) int64) on the device ----
-
-
-def load_mnist(data_dir, train):
-    """Return the train set or the test set, downloaded if absent."""
-    raw = Path(data_dir, "MNIST", "raw")
-    remedy = "give --data-dir, put its four .gz files there, or use --synthetic"
-    with failing_with(f"cannot read MNIST in {raw} ({remedy})"):
-        dataset = MNIST(data_dir, train, download=True)
-        images, labels = dataset.data, dataset.targets
-        if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-            raise ValueError("no digit from 0 to 9 for each image of 28x28 pixels")
-    return images, labels
-
-
+# ---- Data: images (N, 28, 28) uint8, labels (N,) int64 ----
 def synthetic_digits(count, seed):
     """Return digits in Pillow's font, rotated and shifted at random."""
     font = ImageFont.load_default(size=24)
@@ -98,19 +70,49 @@ def synthetic_digits(count, seed):
     return affine(glyphs[labels], degrees, shifts).squeeze(1).byte(), labels
 
 
+def read_idx(path, dimensions):
+    """Return the bytes in an IDX file, unpacked or as .gz, as a tensor."""
+    path = path if path.exists() else Path(f"{path}.gz")
+    read = gzip.open if path.suffix == ".gz" else open
+    with exit_on_error(f"cannot read {path}"), read(path, "rb") as file:
+        magic, *shape = struct.unpack(
+            f">{1 + dimensions}I", file.read(4 + 4 * dimensions)
+        )
+        if magic != 0x800 + dimensions:
+            raise ValueError(f"not an IDX file of bytes in {dimensions} dimensions")
+        return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8).view(shape)
+
+
+def load_mnist(data_dir, part):
+    """Return images and labels of part "train" or "t10k", the test set."""
+    raw = Path(data_dir, "MNIST", "raw")
+    if not any(raw.glob("*-ubyte*")):
+        with exit_on_error(f"no MNIST in {raw}, and no download (try --synthetic)"):
+            raw.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=raw.parent) as temporary:
+                MNIST(temporary, download=True)
+                with suppress(OSError):  # another process was faster
+                    Path(temporary, "MNIST", "raw").rename(raw)
+    images = read_idx(raw / f"{part}-images-idx3-ubyte", 3)
+    labels = read_idx(raw / f"{part}-labels-idx1-ubyte", 1).long()
+    if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+        fail(f"{raw}/{part}-*: needs a label from 0 to 9 for each image of 28x28")
+    return images, labels
+
+
 def load_datasets(args):
-    """Return the train set and the test set, or --holdout's validation set."""
+    """Return the training set and the test set, or --holdout's validation set."""
     if args.synthetic:
         print("Synthetic digits: accuracy on them says nothing about MNIST.")
         train_set, test_set = synthetic_digits(12_000, 0), synthetic_digits(2_000, 1)
     else:
-        train_set = load_mnist(args.data_dir, train=True)
-        test_set = None if args.holdout else load_mnist(args.data_dir, train=False)
+        train_set = load_mnist(args.data_dir, "train")
+        test_set = None if args.holdout else load_mnist(args.data_dir, "t10k")
+    if args.holdout >= (count := len(train_set[0])):
+        fail(f"--holdout {args.holdout} leaves none of {count} images", status=2)
     if args.holdout:
-        if args.holdout >= (count := len(train_set[0])):
-            fail(f"--holdout {args.holdout} leaves none of {count} images", status=2)
-        test_set = [part[-args.holdout :] for part in train_set]
-        train_set = [part[: -args.holdout] for part in train_set]
+        split = (part.tensor_split([-args.holdout]) for part in train_set)
+        train_set, test_set = zip(*split)
     limit = args.batch_size if args.dry_run else None
     pairs = train_set, test_set
     return [[part[:limit].to(args.device) for part in pair] for pair in pairs]
@@ -149,8 +151,6 @@ def train_batches(images, labels, batch_size, rotation, shift):
 
 
 # ---- Model ----
-
-
 class Dropout(nn.Dropout):
     """``nn.Dropout`` drawing only what it drops: saves a third of a step on a CPU."""
 
@@ -209,7 +209,7 @@ def make_model(width, dropout, device, precision):
     if precision == "bf16":
         autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
         model.forward = autocast(model.forward)
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         with suppress(AttributeError, OSError, TypeError):  # needs glibc
             # Not returning freed memory saves a fifth of a step.
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -221,23 +221,18 @@ def make_model(width, dropout, device, precision):
 
 def load_model(path, device="cpu", precision="fp32"):
     """Return the model whose weights, and with them its width, are in a file."""
-    with failing_with(f"cannot use {path}"):
+    with exit_on_error(f"cannot use {path} as a final.pt"):
         weights = torch.load(path, "cpu", weights_only=True)
         width = len(dict(weights)["conv1.bias"]) // 10 or 1
         model = make_model(width, 0, device, precision)
         model.load_state_dict(weights)
-        if not model.eval()(torch.zeros(1, 1, 28, 28, device=device)).isfinite().all():
-            raise ValueError("damaged: its output is not finite")
     return model
 
 
 # ---- Training and testing ----
 
-# A row of the history; accuracy in %; eval is the test or validation set.
-FIELDS = "epoch learning_rate train_loss train_accuracy eval_loss eval_accuracy seconds"
-Epoch = namedtuple("Epoch", FIELDS)
-HEADER = "epoch        lr   train loss  accuracy  {:>15}  accuracy   seconds"
-ROW = "{:5d}  {:8.6f}  {:11.4f}  {:6.2f} %  {:15.4f}  {:6.2f} %  {:8.1f}"
+# A row of metrics.csv: accuracies in %; eval is the test or the validation set.
+COLUMNS = "epoch,lr,train_loss,train_accuracy,eval_loss,eval_accuracy,seconds"
 
 
 def make_training(args, seed, total_steps):
@@ -249,44 +244,29 @@ def make_training(args, seed, total_steps):
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=decay, fused=True
     )
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+    rates = {"div_factor": args.div_factor, "final_div_factor": args.final_div_factor}
+    # OneCycleLR divides by (steps of the warm-up - 1).
+    warm_up = args.pct_start if args.pct_start * total_steps != 1 else 0.0
+    scheduler = OneCycleLR(
         optimizer,
         args.lr,
         total_steps,
-        # OneCycleLR divides by (steps of the warm-up - 1).
-        pct_start=args.pct_start if args.pct_start * total_steps != 1 else 0.0,
-        div_factor=args.div_factor,
-        final_div_factor=args.final_div_factor,
+        pct_start=warm_up,
         cycle_momentum=False,
+        **rates,
     )
     return model, optimizer, scheduler
 
 
-def distillation_loss(output, teacher_outputs, temperature):
-    """Return a student's loss, without labels (Hinton, Vinyals and Dean 2015).
-
-    ``output`` (N, 10), ``teacher_outputs`` (teachers, N, 10): log-probabilities.
-    """
-    soft_labels = (teacher_outputs / temperature).softmax(dim=2).mean(dim=0)
-    softened = (output / temperature).log_softmax(dim=1)
-    divergence = F.kl_div(softened, soft_labels, reduction="batchmean")
-    return divergence * temperature**2  # keeps the size of its gradient
-
-
-def train_epoch(args, teachers, model, optimizer, scheduler, batches, steps):
-    """Train an epoch; return last learning rate, mean loss, accuracy in %."""
+def train_epoch(model, optimizer, scheduler, batches, steps):
+    """Train for an epoch; return last learning rate, mean loss, accuracy in %."""
     model.train()
-    count, loss_sum, correct = 0, 0, 0  # on the device: no wait for it in every step
+    count, loss_sum, correct = 0, 0, 0  # the sums stay on the device: no wait in a step
     bar = tqdm(total=steps, file=sys.stdout, disable=None, leave=False)
     for inputs, labels in batches:
         optimizer.zero_grad()
         output = model(inputs)
-        if teachers:
-            with torch.no_grad():  # of what the student sees: Beyer et al. (2022)
-                outputs = torch.stack([teacher(inputs) for teacher in teachers])
-            loss = distillation_loss(output, outputs, args.temperature)
-        else:
-            loss = F.nll_loss(output, labels)
+        loss = F.nll_loss(output, labels)
         loss.backward()
         optimizer.step()
         learning_rate = scheduler.get_last_lr()[0]
@@ -301,28 +281,20 @@ def train_epoch(args, teachers, model, optimizer, scheduler, batches, steps):
     return learning_rate, loss_sum.item() / count, 100 * correct.item() / count
 
 
-def precise_batch_norm(model, images):
-    """Give BatchNorm the statistics of the images as they are (Wu and Johnson 2021)."""
-    model.dropout.p = 0  # the model will be tested without
-    # Batches of one size, because each weighs the same.
-    batches = images.unsqueeze(1).tensor_split(math.ceil(len(images) / 1000))
-    update_bn((normalise(batch) for batch in batches), model)
-
-
 @torch.no_grad()
-def predict(model, images, batch_size):
-    """Return log-probabilities (N, 10) for uint8 images (N, 28, 28)."""
+def predict(model, images, tta=False):
+    """Return log-probabilities (N, 10) for uint8 images (N, 28, 28).
+
+    ``tta``, test-time augmentation, averages the probabilities of nine shifts.
+    """
     model.eval()
-    batches = images.unsqueeze(1).split(batch_size)
+    if tta:
+        padded = F.pad(images, (1, 1, 1, 1))  # by -1, 0 and 1 pixel on both axes
+        shifts = [padded[:, y : y + 28, x : x + 28] for y in range(3) for x in range(3)]
+        outputs = torch.stack([predict(model, shifted) for shifted in shifts])
+        return outputs.logsumexp(dim=0) - math.log(9)
+    batches = images.unsqueeze(1).split(1000)
     return torch.cat([model(normalise(batch)) for batch in batches])
-
-
-def predict_tta(model, images, batch_size):
-    """Return ``predict`` averaged over nine shifts: test-time augmentation."""
-    padded = F.pad(images, (1, 1, 1, 1))  # by -1, 0 and 1 pixel on both axes
-    shifted = [padded[:, y : y + 28, x : x + 28] for y in range(3) for x in range(3)]
-    outputs = torch.stack([predict(model, part, batch_size) for part in shifted])
-    return outputs.logsumexp(dim=0) - math.log(9)
 
 
 def loss_and_accuracy(output, labels):
@@ -331,125 +303,76 @@ def loss_and_accuracy(output, labels):
     return F.nll_loss(output, labels).item(), 100 * correct / len(labels)
 
 
-def train(args, seed, teachers, train_set, test_set, folder):
-    """Train a model, from its checkpoint if any; return it and its history."""
+def train_seed(args, seed, train_set, test_set, folder):
+    """Train the model of a seed and leave its files in a folder."""
+    folder.mkdir(exist_ok=True)
     steps = math.ceil(len(train_set[0]) / args.batch_size)
     training = make_training(args, seed, args.epochs * steps)
-    model, history = training[0], []
-    if folder and (folder / "checkpoint.pt").exists():
-        history = load_checkpoint(folder / "checkpoint.pt", training)
-    print(HEADER.format(f"{args.test_name.lower()} loss"))
-    start = time.perf_counter() - (history[-1].seconds if history else 0)
+    model, history, checkpoint = training[0], [], folder / "checkpoint.pt"
+    if checkpoint.exists():
+        with exit_on_error(f"cannot use {checkpoint} (delete it to restart the seed)"):
+            states, history = torch.load(checkpoint, "cpu", weights_only=True)
+            for part, state in zip(training, states, strict=True):
+                part.load_state_dict(state)
+    print(f"Seed {seed}")
+    print(*(f"{name:>8}" for name in COLUMNS.split(",")))
+    start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(seed * 10_000 + epoch)  # no generator state to save
         batches = train_batches(*train_set, args.batch_size, args.rotation, args.shift)
-        trained = train_epoch(args, teachers, *training, batches, steps)
-        if args.precise_bn and epoch == args.epochs:
-            precise_batch_norm(model, train_set[0])
-        output = predict(model, test_set[0], args.test_batch_size)
-        tested = loss_and_accuracy(output, test_set[1])
-        history.append(Epoch(epoch, *trained, *tested, time.perf_counter() - start))
-        if not math.isfinite(history[-1].train_loss + history[-1].eval_loss):
-            fail(f"loss not finite in epoch {epoch}: try a lower --lr than {args.lr}")
-        print(ROW.format(*history[-1]))
-        if folder:
-            save_checkpoint(folder, training, history)
-    return model, history
+        trained = train_epoch(*training, batches, steps)
+        tested = loss_and_accuracy(predict(model, test_set[0]), test_set[1])
+        values = (epoch, *trained, *tested, time.perf_counter() - start)
+        history.append(row := dict(zip(COLUMNS.split(","), values, strict=True)))
+        print(*(f"{value:{max(8, len(name))}.5g}" for name, value in row.items()))
+        if not math.isfinite(row["train_loss"] + row["eval_loss"]):
+            return save(folder / "result.json", {"diverged_in_epoch": epoch})
+        save(checkpoint, ([part.state_dict() for part in training], history))
+        lines = [COLUMNS, *(",".join(map(str, row.values())) for row in history)]
+        save(folder / "metrics.csv", "\n".join([*lines, ""]).encode())
+    output = predict(model, test_set[0], args.tta)
+    result = history[-1] | {"accuracy": loss_and_accuracy(output, test_set[1])[1]}
+    result["best"] = max(history, key=lambda row: row["eval_accuracy"])
+    save(folder / "final.pt", model.state_dict())
+    save(folder / "result.json", result)  # with it the seed is finished
+    try:
+        draw_report(folder / "report.png", args, history, *test_set, output)
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        print(f"mnist_cnn.py: warning: no report.png: {error}", file=sys.stderr)
 
 
-# ---- Files and results ----
-
-
+# ---- Files, picture, statistics ----
 def save(path, content):
-    """Write tensors (.pt), a figure (.png), JSON or bytes to a file, atomically."""
+    """Write tensors (.pt), JSON or bytes to a file: whole or not at all."""
     if path.suffix == ".pt":
         torch.save(content, buffer := io.BytesIO())
-        content = buffer.getvalue()
-    elif path.suffix == ".png":
-        content.savefig(buffer := io.BytesIO(), bbox_inches="tight")
         content = buffer.getvalue()
     elif path.suffix == ".json":
         content = json.dumps(content, indent=2).encode()
     unfinished = Path(f"{path}.{os.getpid()}.new")
-    with failing_with(f"cannot write {path}"):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(unfinished, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
 
 
-def save_checkpoint(folder, training, history):
-    """Write metrics.csv, and checkpoint.pt for ``load_checkpoint``."""
-    lines = [",".join(map(str, row)) for row in (Epoch._fields, *history)]
-    save(folder / "metrics.csv", "\n".join([*lines, ""]).encode())
-    states = [part.state_dict() for part in training]
-    save(folder / "checkpoint.pt", (states, [tuple(row) for row in history]))
-
-
-def load_checkpoint(path, training):
-    """Restore model, optimizer and scheduler; return the history."""
-    with failing_with(f"cannot use {path}"):
-        states, history = torch.load(path, "cpu", weights_only=True)
-        for part, state in zip(training, states, strict=True):
-            part.load_state_dict(state)
-        return [Epoch(int(epoch), *map(float, row)) for epoch, *row in history]
-
-
-def test(args, model, history, test_set, folder):
-    """Print a model's result; save it, weights and picture if there is a folder."""
-    images, labels = test_set
-    output = predict(model, images, args.test_batch_size)
-    loss, accuracy = loss_and_accuracy(output, labels)
-    result = {"accuracy": accuracy, "loss": loss}
-    print(f"{args.test_name} accuracy {accuracy:.2f} %")
-    if args.tta:
-        averaged = predict_tta(model, images, args.test_batch_size)
-        result["tta_accuracy"] = loss_and_accuracy(averaged, labels)[1]
-        print(f"{args.test_name} TTA accuracy {result['tta_accuracy']:.2f} %")
-    if history:
-        best = max(history, key=lambda row: row.eval_accuracy)
-        result |= {"best": best._asdict(), "seconds": history[-1].seconds}
-        text = f"{best.eval_accuracy:.2f} % in epoch {best.epoch}"
-        print(f"Best {text}, chosen on the {args.test_name.lower()} set")
-        for goal in (99.0, 99.4):
-            if row := next((row for row in history if row.eval_accuracy >= goal), None):
-                result[f"epochs_to_{goal}"] = row.epoch
-                print(f"{goal} % after {row.seconds:.0f} s, in epoch {row.epoch}")
-    masks = {digit: labels == digit for digit in labels.unique().tolist()}
-    digits = {d: loss_and_accuracy(output[m], labels[m])[1] for d, m in masks.items()}
-    print("digit   ", *(f"{digit:>6}" for digit in digits))
-    print("accuracy", *(f"{value:6.2f}" for value in digits.values()))
-    if folder:
-        save(folder / "final.pt", model.state_dict())
-        try:
-            tensors = (tensor.cpu() for tensor in (images, labels, output))
-            draw_report(folder / "report.png", history, *tensors)
-        except Exception as error:  # noqa: BLE001
-            print(f"mnist_cnn.py: warning: no report.png: {error}", file=sys.stderr)
-        # The last file: with it the seed is finished.
-        save(folder / "result.json", result | {"accuracy_by_digit": digits})
-
-
-def draw_report(path, history, images, labels, output):
+def draw_report(path, args, history, images, labels, output):
     """Draw training curves, confusion matrix and most confident mistakes."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's may not load here
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 10), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
-    if history:
-        epochs, _, *curves, _ = zip(*history)
-        axes, titles = top.subplots(1, 2), ("loss", "accuracy in %")
-        for ax, title, train, tested in zip(axes, titles, curves[:2], curves[2:]):
-            ax.plot(epochs, train, ".-", label="training")
-            ax.plot(epochs, tested, ".-", label="test or validation")
-            ax.set(title=title, xlabel="epoch")
-            ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.legend()
+    left, right = top.subplots(1, 2)
+    eval_set = "validation set" if args.holdout else "test set"
+    for name, label in (("train", "training set"), ("eval", eval_set)):
+        epochs = [row["epoch"] for row in history]
+        errors = [100 - row[f"{name}_accuracy"] for row in history]
+        left.plot(epochs, [row[f"{name}_loss"] for row in history], ".-", label=label)
+        right.plot(epochs, errors, ".-", label=label)
+    for ax, title in ((left, "loss"), (right, "error in %")):
+        ax.set(title=title, xlabel="epoch", yscale="log")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend()
+    images, labels, output = images.cpu(), labels.cpu(), output.cpu()
     left, right = bottom.subfigures(1, 2)
     probability, predicted = output.exp().max(dim=1)
     counts = torch.bincount(labels * 10 + predicted, minlength=100).view(10, 10)
@@ -460,38 +383,15 @@ def draw_report(path, history, images, labels, output):
     for true, other in counts.nonzero().tolist():
         ax.text(other, true, counts[true, other].item(), ha="center", va="center")
     right.suptitle("most confident mistakes: true as predicted, probability")
-    order = (probability * (predicted != labels)).argsort(descending=True)
-    for ax, index in zip(right.subplots(3, 4).flat, order):
+    order = (probability * (predicted != labels)).argsort(descending=True)[:12]
+    for place, index in enumerate(order[predicted[order] != labels[order]], start=1):
+        ax = right.add_subplot(3, 4, place)
+        ax.imshow(images[index].numpy(), cmap="gray_r")
         ax.axis("off")
-        if predicted[index] != labels[index]:
-            ax.imshow(images[index].numpy(), cmap="gray_r")
-            title = f"{labels[index]} as {predicted[index]}, {probability[index]:.0%}"
-            ax.set_title(title, fontsize=10)
-    save(path, figure)
-
-
-def summarise(args, folder):
-    """Print and save the seeds' mean accuracy and its confidence interval."""
-    results = {}
-    for seed in range(args.seed, args.seed + args.runs):
-        path = folder / f"seed-{seed}" / "result.json"
-        with failing_with(f"cannot use {path}"):
-            results[seed] = result = json.loads(path.read_text())
-            row = "{accuracy:.2f} % in {seconds:.0f} s".format_map(result)
-        if args.runs > 1:
-            print(f"seed {seed}: {row}")
-    summary = {"seeds": results}
-    for name in ("tta_accuracy", "accuracy") if args.tta else ("accuracy",):
-        values = [result[name] for result in results.values()]
-        summary[name] = mean = {"n": args.runs, "mean": statistics.mean(values)}
-        if args.runs > 1:
-            deviation = statistics.stdev(values)
-            interval = student_t(args.runs - 1) * deviation / args.runs**0.5
-            mean |= {"deviation": deviation, "interval": interval}
-            title = f"{args.test_name} {name}".replace("tta_", "TTA ")
-            text = f"{title} {mean['mean']:.2f} ± {interval:.2f} %"
-            print(f"{text} (mean and 95 % confidence interval, n = {args.runs})")
-    save(folder / "result.json", summary)
+        title = f"{labels[index]} as {predicted[index]}, {probability[index]:.0%}"
+        ax.set_title(title, fontsize=10)
+    figure.savefig(buffer := io.BytesIO(), bbox_inches="tight")
+    save(path, buffer.getvalue())
 
 
 def student_t(freedom, confidence=0.95):
@@ -503,324 +403,318 @@ def student_t(freedom, confidence=0.95):
     return freedom**0.5 * angle[index + 1].tan().item()
 
 
-def compare(folders, picture):
-    """Print how finished runs differ from the first, in accuracy and in flags."""
-    confidence = 1 - 0.05 / max(1, len(folders) - 1)  # Bonferroni's correction
-    runs = []
-    for folder in folders:
-        with failing_with(f"cannot compare {folder} (if unfinished, --resume it)"):
-            run = json.loads(Path(folder, "config.json").read_text())
-            run |= json.loads(Path(folder, "result.json").read_text())
-            runs.append(run | run["accuracy"] | {"name": folder})
-            if runs[-1]["n"] != run["runs"]:
-                raise ValueError("seeds are missing")
-            if run["flags"]["data"] != runs[0]["flags"]["data"]:
-                raise ValueError(f"other data or --holdout than in {folders[0]}")
-    kind = "validation" if runs[0]["flags"]["holdout"] else "test"
-    width = max(3, *map(len, folders))
-    print(f"{'run':{width}}    n  {kind} accuracy, %; difference from the first")
-    advice = {}  # the number of seeds that each run should have
-    for index, run in enumerate(runs):
-        text, seeds = verdict(runs[0], run, confidence) if index else ("", 0)
-        interval = f"± {run['interval']:.2f}" if run["n"] > 1 else ""
-        row = f"{run['name']:{width}} {run['n']:4}  {run['mean']:.2f} {interval:6}"
-        print(f"{row}  {text}".rstrip())
-        for each in (runs[0], run):
-            if each["n"] < seeds <= 1000:
-                advice[each["name"]] = max(seeds, advice.get(each["name"], 0))
-    for name, seeds in advice.items():
-        print(f"    {resume_command(name)} --runs {seeds}")
-    print(f"Confidence 95 % (of a mean), {100 * confidence:.4g} % (of a difference)")
-    for name in dict.fromkeys(chain(*(run["flags"] for run in runs))):
-        values = [str(run["flags"].get(name)) for run in runs]
-        if name not in ("recipe", "out", "tta") and len(set(values)) > 1:
-            print(f"{name:16}", *(f"{value:>9}" for value in values))
-    if picture:
-        with failing_with(f"cannot draw {picture}"):
-            draw_comparison(Path(f"{picture.removesuffix('.png')}.png"), runs)
+def interval(values):
+    """Return the 95 % confidence interval of a mean, around it: low, mean, high."""
+    n, mean = len(values), statistics.mean(values)
+    half_width = student_t(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0
+    return mean - half_width, mean, mean + half_width
 
 
-def verdict(a, b, confidence):
-    """Return in words how b's mean differs from a's, and how many seeds would tell."""
-    first, second = (run.get("deviation", 0) ** 2 / run["n"] for run in (a, b))
-    if min(a["n"], b["n"]) == 1 or first + second == 0:
-        return "cannot tell: no interval without a spread between seeds", 5
+def verdict(first, second, confidence):
+    """Return in words how the second mean differs, and how many seeds would tell."""
+    n, m = len(first), len(second)
+    # The squared errors of both means: variance / n = pvariance / (n - 1).
+    a = statistics.pvariance(first) / max(n - 1, 1)
+    b = statistics.pvariance(second) / max(m - 1, 1)
+    difference = statistics.mean(second) - statistics.mean(first)
+    if min(n, m) == 1 or a + b == 0:
+        return "cannot tell: no spread between seeds"
+    if difference == 0:
+        return "no difference"
     # Welch (1947); seeds for a power of 80 %: Guenther (1981), 0.84 = quantile of 0.8
-    difference, error = b["mean"] - a["mean"], (first + second) ** 0.5
-    freedom = error**4 / (first**2 / (a["n"] - 1) + second**2 / (b["n"] - 1))
-    half_width = error * student_t(freedom, confidence)
+    freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
+    half_width = (a + b) ** 0.5 * student_t(freedom, confidence)
     text = f"{difference:+.3f} ± {half_width:.3f}  "
     if abs(difference) > half_width:
-        return text + ("better" if difference > 0 else "worse"), 0
+        return text + ("better" if difference > 0 else "worse")
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-    effect = difference**2 / (a["deviation"] ** 2 + b["deviation"] ** 2)
-    seeds = math.ceil((z + 0.8416) ** 2 / max(effect, 1e-9) + z**2 / 4)
-    seeds = max(seeds, min(a["n"], b["n"]) + 1)  # so few did not tell
-    about = f"about {seeds}" if seeds <= 1000 else "more than 1,000"
-    return f"{text}cannot tell; {about} seeds each would", seeds
+    seeds = (z + 0.8416) ** 2 * (n * a + m * b) / difference**2 + z**2 / 4
+    seeds = max(math.ceil(seeds), min(n, m) + 1)  # more than did not tell
+    return f"{text}cannot tell; about {seeds:,} seeds each would"
 
 
-def draw_comparison(path, runs):
-    """Draw a dot for each seed, and each run's mean with its interval."""
-    from matplotlib.figure import Figure
+# ---- Jobs: train, evaluate, predict, compare ----
+def open_folder(folder, config, resume):
+    """Make the folder of a new run, or let one go on with its own script and data."""
+    if resume:
+        saved = json.loads((folder / "config.json").read_text())
+        if config["script"] != saved["script"]:
+            fail(f"{folder} has another script: go on with {folder}/mnist_cnn.py")
+        if config["data"] != saved["data"]:
+            fail(f"{folder} has seen other images: give the --data-dir that holds them")
+        if config["runs"] < saved["runs"]:
+            fail(f"{folder} has --runs {saved['runs']}: give as many or more", status=2)
+        for path in folder.rglob("*.new"):  # left by a process that was killed
+            path.unlink(missing_ok=True)
+    elif folder.exists():
+        fail(f"{folder} already exists: choose another --out, or --resume it")
+    else:
+        folder.mkdir(parents=True)
+        save(folder / "mnist_cnn.py", SOURCE)
+    save(folder / "config.json", config | {"resume": None})
 
-    figure = Figure(figsize=(8, 1 + len(runs) / 2))
-    ax = figure.subplots()
-    for run in runs:
-        dots = [result["accuracy"] for result in run["seeds"].values()]
-        ax.plot(dots, [run["name"]] * len(dots), "o", alpha=0.4)
-        interval = run.get("interval")
-        ax.errorbar(run["mean"], run["name"], xerr=interval, fmt="k|", capsize=4)
-    ax.set(xlabel="accuracy in %")
-    ax.margins(y=0.3 / len(runs))
-    ax.invert_yaxis()
-    save(path, figure)
+
+def train(args):
+    """Train --runs models, shared among torchrun's processes, and print their mean."""
+    rank, ranks = 0, 1
+    if torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        rank, ranks = distributed.get_rank(), distributed.get_world_size()
+        sys.stdout = io.StringIO() if rank else sys.stdout  # only rank 0 prints
+    with suppress(ImportError):
+        from torchsummary import summary
+
+        summary(Net(args.width), (1, 28, 28), device="cpu")
+    datasets = load_datasets(args)
+    tensors = (part.cpu().numpy() for pair in datasets for part in pair)
+    config = vars(args) | {
+        "data_dir": os.path.abspath(args.data_dir),
+        "data": zlib.crc32(b"".join(tensors)),
+        "script": zlib.crc32(SOURCE),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    now = time.strftime("%Y-%m-%d-%H%M%S")
+    folder = Path(args.resume or args.out or f"runs/{now}-{os.getpid()}")
+    if rank == 0:
+        open_folder(folder, config, args.resume)
+        print(f"On {args.device}, torch {torch.__version__}; output files in {folder}")
+        print(f"to continue after a stop: --resume {folder}")
+    if torchrun:
+        distributed.broadcast_object_list(shared := [folder])
+        folder = shared[0]
+    for seed in range(args.seed, args.seed + args.runs)[rank::ranks]:
+        if not (folder / f"seed-{seed}" / "result.json").exists():
+            train_seed(args, seed, *datasets, folder / f"seed-{seed}")
+    if torchrun:
+        distributed.barrier()
+        distributed.destroy_process_group()  # its threads could abort the exit
+    if rank == 0:
+        compare([str(folder)])
+        if diverged := args.runs - len(read_run(folder)[1]):
+            fail(f"{diverged} of {args.runs} seeds diverged and are in no mean")
+
+
+def evaluate(args):
+    """Test the weights in a file."""
+    model = load_model(args.evaluate, args.device, args.precision)
+    images, labels = load_datasets(args)[1]
+    loss, accuracy = loss_and_accuracy(predict(model, images, args.tta), labels)
+    print(f"Test loss {loss:.4f}, accuracy {accuracy:.2f} %")
+
+
+def read_picture(path):
+    """Return a drawn or photographed digit as MNIST has them: (1, 28, 28) uint8."""
+    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    picture = ImageOps.contain(picture, (200, 200))
+    paper = Image.new("RGBA", picture.size, "grey")
+    grey = Image.alpha_composite(paper, picture).convert("L")
+    # Ink differs from its surroundings, whatever the paper and the light on it.
+    surroundings = grey.filter(ImageFilter.GaussianBlur(25))
+    ink = pil_to_tensor(surroundings).float() - pil_to_tensor(grey)
+    ink = ink if ink.max() > -ink.min() else -ink  # light on dark
+    ink = F.threshold(ink, max(20, 0.4 * ink.max().item()), 0)
+    # What hangs together takes its largest number; at the picture's edge that is 1e6.
+    parts = torch.arange(1.0, 1 + ink.numel()).view(ink.shape)[:, 1:-1, 1:-1]
+    parts = F.pad(parts, (1, 1, 1, 1), value=1e6) * ink.sign()
+    while not parts.equal(grown := F.max_pool2d(parts, 9, 1, 4) * ink.sign()):
+        parts = grown
+    sizes = parts[(0 < parts) & (parts < 1e6)].long().bincount(minlength=1)
+    if sizes.max() < 40:
+        raise ValueError("no digit on it, at a distance from its edges")
+    picture = to_pil_image((ink * (parts == sizes.argmax())).byte())
+    picture = ImageOps.pad(picture.crop(picture.getbbox()), (20, 20))
+    image = pil_to_tensor(ImageOps.expand(ImageOps.autocontrast(picture), 4))
+    rows, columns = image.sum(dim=2), image.sum(dim=1)  # to the centre of mass
+    y, x = (part[0] @ torch.arange(28) / part.sum() for part in (rows, columns))
+    return image.roll((round(13.5 - y.item()), round(13.5 - x.item())), dims=(1, 2))
+
+
+def predict_pictures(args):
+    """Print the digit in each picture, below the image that the network sees."""
+    model, failed = load_model(args.evaluate, args.device, args.precision), False
+    for path in args.predict:
+        try:
+            image = read_picture(path)
+        except Exception as error:  # noqa: BLE001
+            print(f"mnist_cnn.py: error: {path}: {error}", file=sys.stderr)
+            failed = True
+            continue
+        for row in image.float().view(14, 2, 28).mean(dim=1).tolist():
+            print("".join(" .:-=+*#%@"[int(value / 25.6)] for value in row))
+        output = predict(model, image.to(args.device), args.tta)[0]
+        share, digit = output.exp().topk(2)
+        text = f"{path}: {digit[0]} ({share[0]:.1%})"
+        print(text if share[0] >= 0.9 else f"{text}, or {digit[1]} ({share[1]:.1%})")
+    sys.exit(failed)
+
+
+def read_run(folder):
+    """Return the settings of a run, and the accuracies of its seeds."""
+    with exit_on_error(f"cannot use {folder}"):
+        config = json.loads(Path(folder, "config.json").read_text())
+        seeds = range(config["seed"], config["seed"] + config["runs"])
+    accuracies = []
+    for path in (Path(folder, f"seed-{seed}", "result.json") for seed in seeds):
+        with exit_on_error(f"cannot use {path} (without it, --resume trains the seed)"):
+            result = json.loads(path.read_text())
+            if "diverged_in_epoch" not in result:
+                accuracies.append(float(result["accuracy"]))
+    if not accuracies:
+        fail(f"every seed of {folder} diverged: try, for example, a lower --lr")
+    return config, accuracies
+
+
+def compare(folders):
+    """Print how the accuracies and the settings of runs differ from the first's."""
+    configs, runs = zip(*map(read_run, folders))
+    if any(config.get("data") != configs[0].get("data") for config in configs):
+        fail("cannot compare: the runs have other data, or another --holdout")
+    intervals = [interval(values) for values in runs]
+    lowest, highest = min(intervals)[0], max(end for _, _, end in intervals)
+    scale = 23 / (highest - lowest or 1)
+    confidence = 1 - 0.05 / max(1, len(runs) - 1)  # Bonferroni's correction
+    kind = "validation" if configs[0]["holdout"] else "test"
+    width = max(map(len, folders))
+    print(f"{'run':{width}}    n  {kind} accuracy, %; difference from the first")
+    for folder, config, values, ends in zip(folders, configs, runs, intervals):
+        low, mean, high = (round((end - lowest) * scale) for end in ends)
+        strip = " " * low + "-" * (mean - low) + "o" + "-" * (high - mean)
+        spread = f" ± {ends[2] - ends[1]:.2f}" if len(values) > 1 else ""
+        words = verdict(runs[0], values, confidence) if values is not runs[0] else ""
+        if diverged := config["runs"] - len(values):
+            words += f"  {diverged} of {config['runs']} diverged"
+        text = f"{len(values):4}  {ends[1]:.2f}{spread:7} |{strip:24}|  {words}"
+        print(f"{folder:{width}} {text}".rstrip())
+    print(f"Confidence 95 % (of a mean), {100 * confidence:.4g} % (of a difference)")
+    for name in dict.fromkeys(name for config in configs for name in config):
+        values = [str(config.get(name)) for config in configs]
+        if len(set(values)) > 1:
+            print(f"{name:16}", *(f"{value:>9}" for value in values))
 
 
 # ---- Command line ----
 
-# flag, default, valid (low <= number < high, choices, metavar, None: switch), help
-FLAGS = {
-    "recipe": [
-        ("--recipe", "reference", list(RECIPES), "preset; explicit flags override it"),
-        ("--epochs", 19, (1, 10_000), "passes over the train set"),
-        ("--batch-size", 128, (1, 100_000), "images in a training batch"),
-        ("--lr", 0.015, (0, math.inf), "maximum learning rate of OneCycleLR"),
-        ("--momentum", 0.9, (0, 1), "momentum of SGD, not cycled"),
-        ("--weight-decay", 1e-4, (0, math.inf), "L2 penalty on all parameters"),
-        ("--width", 1, (1, 100), "multiple of all hidden channels"),
-        ("--dropout", 0.05, (0, 1), "probability of dropping an activation"),
-        ("--rotation", 7.0, (0, 360), "maximum random rotation, degrees"),
-        ("--shift", 0.0, (0, 28), "maximum random shift, pixels"),
-        ("--pct-start", 0.2, (0, 1), "fraction of the steps that warm up"),
-        ("--div-factor", 10.0, (1, math.inf), "maximum / initial learning rate"),
-        ("--final-div-factor", 100.0, (1, math.inf), "initial / final learning rate"),
-        ("--precise-bn", False, None, "recompute BatchNorm statistics at the end"),
-    ],
-    "distillation": [
-        ("--teacher", [], "FILE...", "learn from these networks, not from labels"),
-        ("--temperature", 2.0, (0.01, 1000), "softens the teachers' probabilities"),
-    ],
-    "run": [
-        ("--seed", 1, (0, 100_000), "seed of the first model"),
-        ("--runs", 1, (1, 100_000), "models to train, seeds from --seed up"),
-        ("--holdout", 0, (0, 100_000), "hold out the last N images to validate on"),
-        ("--test-batch-size", 1000, (1, 100_000), "images in a test batch"),
-        ("--device", "auto", "NAME", "cpu, or an accelerator as in cuda, cuda:1"),
-        ("--precision", "fp32", ["fp32", "tf32", "bf16"], "numerical precision"),
-        ("--tta", False, None, "test-time augmentation: average nine shifts"),
-        ("--synthetic", False, None, "use generated digits, no download"),
-        ("--dry-run", False, None, "train and test on one batch, leave no files"),
-    ],
-    "files": [
-        ("--data-dir", "data", "DIR", "where MNIST/raw is, or is downloaded to"),
-        ("--out", None, "DIR", "new folder for the output files"),
-        ("--resume", None, "DIR", "continue the run in a folder"),
-        ("--evaluate", None, "FILE", "only test the weights in a file"),
-        ("--compare", None, "RUN...", "compare the accuracies of finished runs"),
-    ],
+# The flags that choose another job than training, and those that go with each.
+JOBS = {
+    "--compare": [],
+    "--predict": ["--evaluate", "--tta", "--device", "--precision"],
+    "--evaluate": ["--tta", "--device", "--precision", "--data-dir", "--synthetic"],
+    "--resume": ["--runs", "--device", "--data-dir"],
 }
+# What the other recipes change in the defaults.
+BETTER = {"weight_decay": 5e-4, "dropout": 0.0}
+BEST = {"lr": 0.2, "rotation": 10.0, "shift": 1.5}
+QUICK = {"epochs": 6, "batch_size": 64, "lr": 0.15, "rotation": 5.0, "shift": 0.5}
+RECIPES = {"reference": {}, "best": BETTER | BEST, "quick": BETTER | QUICK}
+
+
+def number(kind, low, below):
+    """Return a type for argparse: numbers with low <= number < below."""
+
+    def parse(text):
+        if not low <= (value := kind(text)) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def make_parser():
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Train on MNIST.")
+    parser.error = lambda message: fail(f"{message} (see --help)", status=2)
+    count, natural = number(int, 1, 100_000), number(int, 0, 100_000)
+    positive, share = number(float, 0, math.inf), number(float, 0, 1)
+    ratio, size = number(float, 1, math.inf), number(float, 0, 360)
+    add = parser.add_argument
+
+    def setting(flag, kind, default, text):
+        add(flag, type=kind, default=default, help=f"{text} (default: {default})")
+
+    add("--recipe", choices=RECIPES, default="reference", help="sets what is not given")
+    setting("--epochs", number(int, 1, 10_000), 19, "passes over the training set")
+    setting("--batch-size", count, 128, "images in a training batch")
+    setting("--lr", positive, 0.015, "maximum learning rate of OneCycleLR")
+    setting("--momentum", share, 0.9, "momentum of SGD, not cycled")
+    setting("--weight-decay", positive, 1e-4, "L2 penalty on all parameters")
+    setting("--width", number(int, 1, 100), 1, "multiple of all hidden channels")
+    setting("--dropout", share, 0.05, "probability of dropping an activation")
+    setting("--rotation", size, 7.0, "maximum random rotation, degrees")
+    setting("--shift", size, 0.0, "maximum random shift, pixels")
+    setting("--pct-start", share, 0.2, "fraction of the steps that warm up")
+    setting("--div-factor", ratio, 10.0, "maximum / initial learning rate")
+    setting("--final-div-factor", ratio, 100.0, "initial / final learning rate")
+    setting("--seed", natural, 1, "seed of the first model")
+    setting("--runs", count, 1, "models to train, seeds from --seed up")
+    setting("--holdout", natural, 0, "hold out the last N images to validate on")
+    setting("--device", str, "auto", "cpu, or an accelerator as in cuda, cuda:1")
+    setting("--data-dir", str, "data", "where MNIST/raw is, or is downloaded to")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    add("--tta", action="store_true", help="average nine shifts of each test image")
+    add("--synthetic", action="store_true", help="use generated digits, no download")
+    add(
+        "--dry-run", action="store_true", help="train on one batch; files only in --out"
+    )
+    add("--out", metavar="DIR", help="new folder for the output files")
+    add("--resume", metavar="RUN", help="continue the run in a folder")
+    add("--evaluate", metavar="FILE", help="test the weights in a file")
+    add("--predict", metavar="IMAGE", nargs="+", help="read digits in pictures")
+    add("--compare", metavar="RUN", nargs="+", help="compare finished runs")
+    return parser
 
 
 def parse_arguments(arguments):
-    """Return the parsed flags; exit with status 2 on an invalid one."""
-    description = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (see --help)", status=2)
-    for title, rows in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag, default, valid, text in rows:
-            kind = type(default)
-            options = {"type": kind, "metavar": "N" if kind is int else None}
-            if valid is None:
-                options = {"action": argparse.BooleanOptionalAction}
-            elif isinstance(valid, list):
-                options = {"choices": valid}
-            elif isinstance(valid, str):
-                options = {"type": os.path.expanduser, "metavar": valid.strip(".")}
-                options["nargs"] = "+" if valid.endswith("...") else None
-            text += " (default: %(default)s)" * (default not in (None, []))
-            group.add_argument(flag, default=default, help=text, **options)
-    # Once for the recipe alone, whose defaults --help then shows.
-    no_help = [word for word in arguments if word not in ("-h", "--help")]
-    parser.set_defaults(**RECIPES[parser.parse_args(no_help).recipe])
+    """Return the settings: the arguments over a resumed run's or a recipe's."""
+    parser = make_parser()
     args = parser.parse_args(arguments)
-    for flag, _, valid, _ in chain(*FLAGS.values()):
-        value = vars(args)[flag[2:].replace("-", "_")]
-        if isinstance(valid, tuple) and not valid[0] <= value < valid[1]:
-            parser.error(f"{flag} {value} is not in [{valid[0]}, {valid[1]})")
-        if value == "":
-            parser.error(f"{flag} is empty")
-    count = torch.accelerator.device_count()
-    accelerator = torch.accelerator.current_accelerator().type if count else "cpu"
-    devices = [*(f"{accelerator}:{index}" for index in range(count)), "cpu"]
-    if args.device in ("auto", accelerator):
-        args.device = devices[int(os.environ.get("LOCAL_RANK", "0")) % max(count, 1)]
-    if args.device not in devices:
-        available = ", ".join(devices)
-        parser.error(f"--device {args.device} is not available; available: {available}")
-    args.epochs = 1 if args.dry_run else args.epochs
-    args.test_name = "Validation" if args.holdout else "Test"
-    return args
-
-
-def describe_run(args, arguments, where, datasets):
-    """Return what config.json holds: what a run was given and what it runs on."""
-    varies = ("data_dir", "device", "resume", "runs", "test_name")  # when resumed
-    flags = {name: value for name, value in vars(args).items() if name not in varies}
-    tensors = b"".join(part.cpu().numpy() for pair in datasets for part in pair)
-    flags["data"] = zlib.crc32(tensors)
-    flags["script"] = f"{zlib.crc32(SOURCE):08x}"
-    flags["teacher"] = [zlib.crc32(Path(path).read_bytes()) for path in args.teacher]
-    arguments = [*arguments, "--data-dir", os.path.abspath(args.data_dir)]
-    if args.teacher:
-        arguments += ["--teacher", *map(os.path.abspath, args.teacher)]
-    return {
-        "arguments": arguments,
-        "flags": flags,
-        "device": where,
-        "runs": args.runs,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def open_folder(args, saved, config):
-    """Create a run's folder, or check that --resume may continue it; return it."""
-    for path in args.teacher if args.holdout else ():
-        check_teacher(path, config["flags"]["data"])
-    now = time.strftime("%Y-%m-%d-%H%M%S")
-    folder = Path(args.resume or args.out or f"runs/{now}-{os.getpid()}")
-    if saved:
-        check_resume(args, folder, saved, config)
-        save(folder / "config.json", saved | {"runs": args.runs})
-    else:
-        make_folder(folder, config)
-    print(f"Output files in {folder}; to continue after a stop:")
-    print(resume_command(folder))
-    return folder
-
-
-def check_resume(args, folder, saved, config):
-    """Refuse to continue a run with other flags, data, script or teachers."""
-    old, new = saved["flags"], config["flags"]
-    if changed := ", ".join(name for name in new if old.get(name) != new[name]):
-        command = f"{resume_command(folder)} --runs {max(args.runs, saved['runs'])}"
-        fail(f"{folder} was started with different {changed}; continue with: {command}")
-    if args.runs < saved["runs"]:
-        fail(f"{folder} has --runs {saved['runs']} already, not {args.runs}", status=2)
-    if saved["device"] != config["device"] or saved["torch"] != config["torch"]:
-        started = f"{saved['device']}, torch {saved['torch']}"
-        print(f"Started on {started}: from here on not bit-identical.")
-
-
-def check_teacher(path, data):
-    """Refuse a teacher that may have been trained on the validation images."""
-    teacher_data = None
-    run = Path(path).resolve().parent.parent  # of run/seed-N/final.pt
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        teacher_data = json.loads((run / "config.json").read_text())["flags"]["data"]
-    problem = f"{path} may have seen the validation images"
-    if teacher_data is None:
-        print(f"mnist_cnn.py: warning: {problem}: no config.json", file=sys.stderr)
-    elif teacher_data != data:
-        fail(f"{problem}: train it with the same --holdout and data")
-
-
-def resume_command(folder):
-    """Return the command that continues a run with its own copy of the script."""
-    script = Path(folder, "mnist_cnn.py")
-    return shlex.join(["python", str(script), "--resume", str(folder)])
-
-
-def make_folder(folder, config):
-    """Create a folder with config.json and the script, or nothing."""
-    unfinished = Path(f"{folder}.{os.getpid()}.new")
-    with failing_with(f"cannot make {folder}"):
-        try:
-            save(unfinished / "config.json", config)
-            (unfinished / "mnist_cnn.py").write_bytes(SOURCE)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def print_header(width, device):
-    """Print the device and the layers; return the device's description."""
-    where = f"{device}, {torch.get_num_threads()} threads"
-    if device.startswith("cuda"):
-        where = f"{device}, {torch.cuda.get_device_name(device)}"
-    count = sum(weight.numel() for weight in Net(width).parameters())
-    print(f"{count:,} parameters on {where}, torch {torch.__version__}")
-    with suppress(ImportError):
-        from torchsummary import summary
-
-        summary(Net(width), (1, 28, 28), device="cpu")
-    return where
+    flags = [word.split("=")[0] for word in arguments if word.startswith("--")]
+    job = next((job for job in JOBS if job in flags), None)
+    for flag in flags:
+        if job and flag not in (job, *JOBS[job]):
+            parser.error(f"{flag} does not go with {job}")
+    if args.predict and args.evaluate is None:
+        parser.error("--predict needs --evaluate FILE, the weights to use")
+    parser.set_defaults(**RECIPES[args.recipe])
+    if args.resume is not None:
+        with exit_on_error(f"cannot resume {args.resume}"):
+            config = json.loads(Path(args.resume, "config.json").read_text())
+            torch.set_num_threads(config["threads"])  # others round differently
+            parser.set_defaults(**config)
+    return parser.parse_args(arguments)
 
 
 def main(arguments):
-    """Train, evaluate or compare, as the flags say."""
-    args, saved, rank, ranks = parse_arguments(arguments), None, 0, 1
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    """Choose the device and the job."""
+    args = parse_arguments(arguments)
     if args.compare:
-        return compare(args.compare, args.out)
-    if args.out and not args.resume and Path(args.out).exists():
-        fail(f"{args.out} already exists: choose another --out, or --resume it")
-    if args.evaluate and not args.resume:
-        model = load_model(args.evaluate, args.device, args.precision)
-        print_header(model.width, args.device)
-        out = Path(args.out) if args.out and not args.dry_run else None
-        return test(args, model, [], load_datasets(args)[1], out)
-    if args.resume:
-        with failing_with(f"cannot use {args.resume}/config.json"):
-            saved = json.loads(Path(args.resume, "config.json").read_text())
-            runs = ["--runs", str(saved["runs"])]
-            args = parse_arguments([*saved["arguments"], *runs, *arguments])
-            torch.set_num_threads(saved["threads"])
-    if torchrun:  # its ranks share the seeds
-        distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        rank, ranks = distributed.get_rank(), distributed.get_world_size()
-        sys.stdout = io.StringIO() if rank > 0 else sys.stdout  # only rank 0 prints
-    teachers = [load_model(path, args.device, args.precision) for path in args.teacher]
-    where, folder = print_header(args.width, args.device), None
-    if rank == 0:
-        datasets = load_datasets(args)
-        if not args.dry_run:
-            config = describe_run(args, arguments, where, datasets)
-            folder = open_folder(args, saved, config)
-    if torchrun:
-        distributed.broadcast_object_list(shared := [folder])
-        folder = shared[0]
-    if rank > 0:  # rank 0 has downloaded the files
-        datasets = load_datasets(args)
-    for seed in range(args.seed, args.seed + args.runs)[rank::ranks]:
-        seed_folder = folder and folder / f"seed-{seed}"
-        if seed_folder and (seed_folder / "result.json").exists():
-            continue  # it is finished
-        print(f"Seed {seed}")
-        model, history = train(args, seed, teachers, *datasets, seed_folder)
-        test(args, model, history, datasets[1], seed_folder)
-    if torchrun:
-        distributed.barrier()
-        distributed.destroy_process_group()  # its threads could abort the exit
-    if folder and rank == 0:
-        summarise(args, folder)
+        return compare(args.compare)
+    if count := torch.accelerator.device_count():  # torchrun: one for each process
+        rank = int(os.environ.get("LOCAL_RANK") or 0)
+        torch.accelerator.set_device_index(rank % count)
+    if args.device == "auto":
+        args.device = torch.accelerator.current_accelerator().type if count else "cpu"
+    with exit_on_error(f"--device {args.device} does not work (cpu does)", status=2):
+        torch.ones(1, device=args.device).add(1).item()
+    if args.predict:
+        return predict_pictures(args)
+    if args.evaluate is not None:
+        return evaluate(args)
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.dry_run:
+            args.epochs, args.out = 1, args.out or f"{temporary}/run"
+        train(args)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it was closed
-    # Lines appear in a pipe at once; ± may be missing from the encoding.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    with suppress(AttributeError):  # a notebook's stdout has no reconfigure
+        # Lines appear in a pipe at once; ± may be missing from the encoding.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except OSError as error:  # such as stdout on a closed pipe or a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        fail(f"stopped: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
-            raise
-        fail("out of memory: try a lower --batch-size, --test-batch-size or --width")
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # stdout may be what failed
+        fail(f"stopped: {type(error).__name__}: {error}")

@@ -72,7 +72,7 @@ def usual_loop(args, workers):
 def this_script(args, *flags):
     """Return a function that trains for some steps as the script does with the flags."""
     flags = mnist_cnn.parse_arguments(["--device", args.device, *flags])
-    train_set = mnist_cnn.load_mnist(args.data_dir, train=True)
+    train_set = mnist_cnn.load_mnist(args.data_dir, "train")
     train_set = [part.to(args.device) for part in train_set]
     parts = mnist_cnn.make_training(flags, 1, IMAGES)
     epochs = iter(lambda: mnist_cnn.train_batches(*train_set, BATCH_SIZE, 7, 0), None)
@@ -80,7 +80,7 @@ def this_script(args, *flags):
 
     def run(steps):
         part = itertools.islice(batches, steps)
-        mnist_cnn.train_epoch(flags, [], *parts, part, steps)
+        mnist_cnn.train_epoch(*parts, part, steps)
 
     return run
 

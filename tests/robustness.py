@@ -42,7 +42,7 @@ def accuracies(run, variants, labels):
     means = []
     for path in sorted(Path(run).glob("seed-*/final.pt")):
         model = mnist_cnn.load_model(path)
-        outputs = [mnist_cnn.predict(model, images, 1000) for images in variants]
+        outputs = [mnist_cnn.predict(model, images) for images in variants]
         scores = [mnist_cnn.loss_and_accuracy(output, labels)[1] for output in outputs]
         means.append(statistics.mean(scores))
     return means
@@ -50,11 +50,11 @@ def accuracies(run, variants, labels):
 
 def cell(values):
     """Return "mean ± interval", or the one value of a single model."""
-    mean, n = f"{statistics.mean(values):.2f}", len(values)
-    if n == 1:
+    mean = f"{statistics.mean(values):.2f}"
+    if len(values) == 1:
         return mean
-    half_width = mnist_cnn.student_t(n - 1) * statistics.stdev(values) / n**0.5
-    return f"{mean} ± {half_width:.2f}"
+    low, _, high = mnist_cnn.interval(values)
+    return f"{mean} ± {(high - low) / 2:.2f}"
 
 
 def main():
@@ -67,7 +67,7 @@ def main():
             mnist_cnn.fail(
                 f"{run} has no seed-*/final.pt: give a finished run's folder"
             )
-    images, labels = mnist_cnn.load_mnist(args.data_dir, train=False)
+    images, labels = mnist_cnn.load_mnist(args.data_dir, "t10k")
     print(f"| test images | {' | '.join(Path(run).name for run in args.runs)} |")
     print("| --- |" + " ---: |" * len(args.runs))
     for name, changes in CHANGES.items():

@@ -1,25 +1,42 @@
-"""Comparing runs: statistics against scipy, the words for them, and adding seeds."""
+"""Comparing runs: statistics against scipy, the words for them, and the table."""
 
 import json
 import re
 import shutil
-import sys
 
 import pytest
+import torch
 from conftest import assert_one_line, result
 
 import mnist_cnn
+from mnist_cnn import verdict
 
 
-def verdict(first, second, confidence=0.95):
-    """What the script says of two runs, each given as (n, mean, deviation)."""
-    names = ("n", "mean", "deviation")
-    runs = (dict(zip(names, run, strict=True)) for run in (first, second))
-    return mnist_cnn.verdict(*runs, confidence)
+def sample(n, mean, deviation):
+    """Return n numbers with exactly this mean and standard deviation."""
+    numbers = torch.arange(n, dtype=torch.float64)
+    numbers -= numbers.mean()
+    scale = deviation / numbers.std() if deviation else 0
+    return (mean + numbers * scale).tolist()
 
 
-# scipy.stats.ttest_ind(second, first, equal_var=False).confidence_interval(confidence),
-# on samples with exactly these means and deviations.
+# scipy.stats: t.ppf(0.5 + confidence / 2, freedom)
+@pytest.mark.parametrize(
+    ("freedom", "confidence", "expected"),
+    [
+        (1, 0.95, 12.706204736174694),
+        (4, 0.95, 2.7764451051977934),
+        (5.5, 0.95, 2.501858617589239),
+        (99, 0.95, 1.9842169515086827),
+        (9, 0.99, 3.2498355415921263),
+    ],
+)
+def test_students_t_agrees_with_scipy(freedom, confidence, expected):
+    found = mnist_cnn.student_t(freedom, confidence)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+# scipy.stats.ttest_ind(second, first, equal_var=False).confidence_interval(confidence)
 @pytest.mark.parametrize(
     ("first", "second", "confidence", "half_width"),
     [
@@ -27,48 +44,43 @@ def verdict(first, second, confidence=0.95):
         ((5, 99.33, 0.06), (5, 99.38, 0.07), 0.975, 0.11404033772859355),
         ((2, 99.3, 0.05), (50, 99.4, 0.1), 0.95, 0.27003149404495513),
         ((7, 99.0, 0.0), (3, 99.2, 0.1), 0.95, 0.2484137711750385),
-        ((2, 99.3, 0.05), (2, 99.31, 0.2), 0.95, 1.4314230499262264),
         ((10, 99.0, 0.3), (12, 98.0, 0.1), 0.99, 0.3099113599252201),
     ],
 )
 def test_the_interval_of_a_difference_is_welchs(first, second, confidence, half_width):
-    text, _ = verdict(first, second, confidence)
+    text = verdict(sample(*first), sample(*second), confidence)
     difference, found = map(float, re.match(r"(\S+) ± (\S+) ", text).groups())
     assert difference == pytest.approx(second[1] - first[1])
     assert found == pytest.approx(half_width, abs=6e-4)  # printed with three decimals
 
 
 @pytest.mark.parametrize(
-    ("mean", "word"), [(99.5, "better"), (99.1, "worse"), (99.31, "cannot tell")]
+    ("mean", "words"), [(99.5, "better"), (99.1, "worse"), (99.31, "cannot tell")]
 )
-def test_a_difference_beyond_its_interval_has_a_word(mean, word):
-    assert word in verdict((5, 99.3, 0.05), (5, mean, 0.05))[0]
+def test_a_difference_beyond_its_interval_has_a_word(mean, words):
+    assert words in verdict(sample(5, 99.3, 0.05), sample(5, mean, 0.05), 0.95)
 
 
 # Solved for a power of 0.8 with scipy.stats.nct, as in Cohen's tables (1988).
-@pytest.mark.parametrize(
-    ("effect", "confidence", "seeds"),
-    [(0.2, 0.95, 394), (0.5, 0.95, 64), (0.8, 0.95, 26), (1, 0.95, 17)],
-)
-def test_the_number_of_seeds_is_that_of_a_power_table(effect, confidence, seeds):
-    text, found = verdict((2, 99, 1), (2, 99 + effect, 1), confidence)
-    assert found == seeds
-    assert f"cannot tell; about {seeds} seeds each would" in text
-
-
-@pytest.mark.parametrize("difference", [0, 0.001])
-def test_more_than_a_thousand_seeds_are_not_counted(difference):
-    text, _ = verdict((5, 99, 0.1), (5, 99 + difference, 0.1))
-    assert "more than 1,000 seeds" in text
-
-
-@pytest.mark.parametrize("n", [1, 5])
-def test_without_a_spread_there_is_no_verdict(n):
-    assert "cannot tell" in verdict((n, 99.5, 0), (n, 99.6, 0))[0]
+@pytest.mark.parametrize(("effect", "seeds"), [(0.2, 394), (0.5, 64), (0.8, 26)])
+def test_the_number_of_seeds_is_that_of_a_power_table(effect, seeds):
+    text = verdict(sample(2, 99, 1), sample(2, 99 + effect, 1), 0.95)
+    assert text.endswith(f"cannot tell; about {seeds} seeds each would")
 
 
 def test_the_seeds_that_would_tell_are_more_than_those_that_did_not():
-    assert "about 3 seeds" in verdict((2, 99.35, 0.0707), (2, 99.65, 0.0707))[0]
+    text = verdict(sample(2, 99.35, 0.0707), sample(2, 99.65, 0.0707), 0.95)
+    assert "about 3 seeds" in text
+
+
+def test_equal_results_are_no_difference_and_ask_for_no_seeds():
+    values = sample(5, 99.3, 0.05)
+    assert verdict(values, values[::-1], 0.95) == "no difference"
+
+
+@pytest.mark.parametrize(("n", "second"), [(1, 99.5), (1, 99.6), (5, 99.6)])
+def test_without_a_spread_there_is_no_verdict(n, second):
+    assert "cannot tell" in verdict([99.5] * n, [second] * n, 0.95)
 
 
 @pytest.fixture
@@ -83,112 +95,70 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def edit_flags(folder, **changes):
-    """Change flags in a run's configuration; return what they were."""
-    flags = json.loads((folder / "config.json").read_text())["flags"]
-    edit(folder / "config.json", flags=flags | changes)
-    return flags
+def set_accuracies(folder, values):
+    for seed, value in zip((5, 6, 7), values, strict=True):
+        edit(folder / f"seed-{seed}" / "result.json", accuracy=value)
 
 
-def add(folder, points):
-    """Raise the accuracy of a finished run."""
-    accuracy = result(folder)["accuracy"]
-    accuracy |= {"mean": accuracy["mean"] + points}
-    edit(folder / "result.json", accuracy=accuracy)
+def rows(process):
+    """The table's rows: name, n, mean and interval, strip, words."""
+    pattern = r"^(\S+) +(\d+)  (\S+(?: ± \S+)?) +\|(.{24})\|(?:  (.*))?$"
+    return re.findall(pattern, process.stdout, re.MULTILINE)
 
 
-def test_a_comparison_has_a_row_for_each_run_and_for_each_flag(call, other):
-    add(other, 50)
-    edit_flags(other, lr=0.5, recipe="best")
+def test_a_comparison_has_a_row_for_each_run_and_for_each_setting(call, other):
+    set_accuracies(other.parent / "copy", [97.0, 97.1, 97.2])
+    set_accuracies(other, [99.0, 99.1, 99.2])
+    edit(other / "config.json", lr=0.5, script=7)
     process = call("--compare", "copy", "other")
-    assert process.returncode == 0
-    header, first, second, confidence, *flags = process.stdout.splitlines()
-    assert "test accuracy" in header
-    accuracy = result(other)["accuracy"]
-    cell = rf" +3 +{accuracy['mean']:.2f} ± {accuracy['interval']:.2f} "
-    assert re.match("other" + cell, second)
-    assert re.match("copy +3 ", first)
-    assert second.endswith("better")
-    assert "95 %" in confidence
-    assert [line.split() for line in flags] == [["lr", "0.015", "0.5"]]
+    assert process.returncode == 0, process.stderr
+    assert "test accuracy" in process.stdout.splitlines()[0]
+    first, second = rows(process)
+    # 0.1 / 3 ** 0.5 * scipy.stats.t.ppf(0.975, 2)
+    assert first[:3] == ("copy", "3", "97.10 ± 0.25")
+    assert second[:3] == ("other", "3", "99.10 ± 0.25")
+    assert second[4].startswith("+2.000 ± ") and second[4].endswith("better")
+    settings = [line.split() for line in process.stdout.splitlines()[4:]]
+    assert [row for row in settings if row[0] != "script"] == [["lr", "0.015", "0.5"]]
+    assert ["script", settings[1][1], "7"] in settings
+
+
+def test_the_strips_show_intervals_and_means_on_one_scale(call, other):
+    set_accuracies(other.parent / "copy", [97.0, 97.1, 97.2])
+    set_accuracies(other, [99.0, 99.0, 99.0])
+    (*_, first, _), (*_, second, _) = rows(call("--compare", "copy", "other"))
+    assert re.fullmatch(r"-+o-+ +", first)
+    assert second == " " * 23 + "o"
 
 
 def test_with_three_runs_each_interval_is_wider(call, other):
-    two = call("--compare", "copy", "other").stdout
-    three = call("--compare", "copy", "other", "other").stdout
-    widths = [
-        float(re.search(r"^other .* ± (\S+)  ", text, re.MULTILINE)[1])
-        for text in (two, three)
-    ]
-    # scipy.stats.t.ppf(1 - 0.025 / 2, 4) / scipy.stats.t.ppf(1 - 0.05 / 2, 4)
-    assert widths[1] / widths[0] == pytest.approx(3.495 / 2.776, rel=1e-3)
-    assert "97.5 %" in three
-
-
-def test_other_scripts_are_named(call, other):
-    before = edit_flags(other, script="0badcafe")
-    last = call("--compare", "copy", "other").stdout.splitlines()[-1]
-    assert last.split() == ["script", before["script"], "0badcafe"]
-
-
-def test_a_flag_that_only_one_run_has_is_listed(call, other):
-    edit_flags(other, smoothing=0.1)
-    last = call("--compare", "copy", "other").stdout.splitlines()[-1]
-    assert last.split() == ["smoothing", "None", "0.1"]
-
-
-def test_each_command_is_printed_once_with_the_most_seeds(call, other):
-    add(other, 1)
-    output = call("--compare", "copy", "other", "other").stdout
-    commands = re.findall(r"^ +python .* --resume (\w+) --runs", output, re.MULTILINE)
-    assert commands == ["copy", "other"]
-
-
-def test_a_comparison_that_cannot_be_drawn_ends_in_one_line(call, other, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    process = call("--compare", "copy", "other", "--out", "both.png")
-    assert_one_line(process, 1, "cannot draw both.png")
-    assert "cannot tell" in process.stdout
-
-
-def test_a_comparison_is_drawn_on_request(call, other, tmp_path):
-    assert call("--compare", "copy", "other", "--out", "both.png").returncode == 0
-    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    set_accuracies(other, [99.0, 99.1, 99.2])
+    two = call("--compare", "copy", "other")
+    three = call("--compare", "copy", "other", "other")
+    widths = [float(re.match(r"\S+ ± (\S+)", rows(p)[1][4])[1]) for p in (two, three)]
+    assert widths[1] > 1.2 * widths[0]
+    assert "97.5 % (of a difference)" in three.stdout
 
 
 def test_a_comparison_of_one_run_gives_its_mean(call, other):
-    output = call("--compare", "copy").stdout
-    assert f"{result(other)['accuracy']['mean']:.2f} ± " in output
+    (row,) = rows(call("--compare", "copy"))
+    values = [result(other / f"seed-{seed}")["accuracy"] for seed in (5, 6, 7)]
+    assert row[2].startswith(f"{sum(values) / 3:.2f} ± ")
+
+
+def test_one_seed_has_no_interval(call, train, tmp_path):
+    folder = train("--epochs", 1).parent
+    (row,) = rows(call("--compare", folder))
+    assert row[1:3] == ("1", f"{result(folder / 'seed-1')['accuracy']:.2f}")
 
 
 def test_results_on_other_images_are_not_compared(call, other):
-    edit_flags(other, data=0)
+    edit(other / "config.json", data=0)
     process = call("--compare", "copy", "other")
-    assert_one_line(process, 1, "cannot compare other", "data", "copy")
+    assert_one_line(process, 1, "other data", "--holdout")
 
 
-@pytest.mark.parametrize("name", ["config.json", "result.json"])
+@pytest.mark.parametrize("name", ["config.json", "seed-6/result.json"])
 def test_a_run_that_lacks_a_file_is_named(call, other, name):
     (other / name).unlink()
-    assert_one_line(call("--compare", "copy", "other"), 1, "cannot compare other")
-
-
-def test_an_unfinished_run_is_named(call, other):
-    edit(other / "config.json", runs=4)
-    process = call("--compare", "copy", "other")
-    assert_one_line(process, 1, "cannot compare other", "--resume", "seeds are missing")
-
-
-def test_the_printed_command_adds_seeds_to_a_run_of_one(call, data, tmp_path):
-    flags = ["--data-dir", data, "--epochs", 1, "--out"]
-    for name in ("one", "other"):
-        call(*flags, name)
-    output = call("--compare", "one", "other").stdout
-    assert "cannot tell" in output
-    command = re.search(r"^ +python \S+ (--resume one .*)$", output, re.MULTILINE)[1]
-    assert call(*command.split()).returncode == 0
-    assert result(tmp_path / "one")["accuracy"]["n"] == 5
-
-
-def test_fewer_seeds_than_a_run_has_are_refused(call, other):
-    assert_one_line(call("--resume", "copy", "--runs", 2), 2, "--runs")
+    assert_one_line(call("--compare", "copy", "other"), 1, "other", name)

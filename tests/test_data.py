@@ -1,15 +1,23 @@
-"""The data: rotation against torchvision, normalisation, each image once an epoch."""
+"""The data: rotation against torchvision, each image once an epoch, IDX files."""
 
+import gzip
 import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_one_line, write_idx
 from torchvision.transforms import InterpolationMode, functional
 
 from mnist_cnn import (
     affine,
+    load_datasets,
     load_mnist,
     normalise,
+    parse_arguments,
     synthetic_digits,
     train_batches,
 )
@@ -67,7 +75,7 @@ def test_normalisation_uses_mean_01307_and_deviation_03081():
 
 
 def test_real_training_images_have_zero_mean_and_unit_deviation(real_mnist):
-    images, _ = load_mnist(real_mnist, train=True)
+    images, _ = load_mnist(real_mnist, "train")
     pixels = normalise(images.float())
     assert pixels.mean().item() == pytest.approx(0, abs=1e-3)
     assert pixels.std().item() == pytest.approx(1, abs=1e-3)
@@ -159,8 +167,143 @@ def test_synthetic_digits_of_one_kind_differ():
     assert len(fives.flatten(1).unique(dim=0)) == len(fives)
 
 
-def test_idx_files_are_read_as_they_were_written(data, datasets):
-    for train, written in zip((True, False), datasets, strict=True):
-        images, labels = load_mnist(data, train)
+# Files
+
+
+def idx_files(folder):
+    return sorted((folder / "MNIST" / "raw").iterdir())
+
+
+def pack(folder, level=9):
+    """Pack the IDX files of a --data-dir as .gz."""
+    for path in idx_files(folder):
+        path.with_name(f"{path.name}.gz").write_bytes(
+            gzip.compress(path.read_bytes(), level)
+        )
+        path.unlink()
+    return folder
+
+
+@pytest.fixture
+def small(datasets, tmp_path):
+    return write_idx(tmp_path / "small", datasets)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files_are_read_as_they_were_written(small, datasets, packed, no_network):
+    pack(small, level=1) if packed else None
+    before = {path: path.read_bytes() for path in idx_files(small)}
+    for part, written in zip(("train", "t10k"), datasets, strict=True):
+        images, labels = load_mnist(small, part)
         assert torch.equal(images, written[0])
         assert torch.equal(labels, written[1])
+    assert {path: path.read_bytes() for path in idx_files(small)} == before
+
+
+def cut(content):
+    return content[:-100]
+
+
+def wrong_magic_number(content):
+    return b"\xff" * 4 + content[4:]
+
+
+HARMS = [cut, wrong_magic_number, lambda _: b"", lambda _: b"x"]
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_damaged_file_is_named_and_left_alone(call, small, which, packed):
+    path = idx_files(pack(small) if packed else small)[which]
+    good = path.read_bytes()
+    for harm in HARMS:
+        path.write_bytes(harm(good))
+        assert_one_line(call("--data-dir", small), 1, path)
+        assert path.read_bytes() == harm(good)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_missing_file_is_named_and_nothing_is_downloaded(call, small, which):
+    path = idx_files(small)[which]
+    path.unlink()
+    assert_one_line(call("--data-dir", small), 1, path.name)
+    assert len(idx_files(small)) == 3
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("problem", ["size", "count", "label", "none"])
+def test_files_that_are_not_like_mnist_end_with_one_line(
+    call, tmp_path, datasets, which, problem
+):
+    images, labels = (part.clone() for part in datasets[which])
+    labels[7] = 10 if problem == "label" else labels[7]
+    changed = {
+        "size": (images[:, :27], labels),
+        "count": (images, labels[1:]),
+        "label": (images, labels),
+        "none": (images[:0], labels[:0]),
+    }[problem]
+    pairs = list(datasets)
+    pairs[which] = changed
+    write_idx(tmp_path / "small", pairs)
+    assert_one_line(call("--data-dir", "small"), 1, ("train-", "t10k-")[which])
+
+
+def test_no_data_and_no_network_names_the_folder_and_the_way_out(call, no_network):
+    process = call("--data-dir", "none")
+    assert_one_line(process, 1, os.path.join("none", "MNIST", "raw"), "--synthetic")
+
+
+def test_a_download_appears_whole_and_two_at_once_do_not_disturb_each_other(
+    datasets, tmp_path, monkeypatch
+):
+    def slow_download(folder, download):
+        assert download
+        write_idx(Path(folder), datasets)
+        barrier.wait(timeout=60)
+
+    barrier = threading.Barrier(2)
+    monkeypatch.setattr("mnist_cnn.MNIST", slow_download)
+    with ThreadPoolExecutor() as pool:
+        loads = [pool.submit(load_mnist, tmp_path / "data", "train") for _ in range(2)]
+        for load in loads:
+            assert torch.equal(load.result()[0], datasets[0][0])
+    assert [path.name for path in (tmp_path / "data" / "MNIST").iterdir()] == ["raw"]
+
+
+def test_a_download_that_fails_leaves_no_file(call, tmp_path, monkeypatch):
+    def broken_download(folder, download):
+        Path(folder, "MNIST", "raw").mkdir(parents=True)
+        Path(folder, "MNIST", "raw", "train-images-idx3-ubyte").write_bytes(b"part")
+        raise OSError("connection lost")
+
+    monkeypatch.setattr("mnist_cnn.MNIST", broken_download)
+    assert_one_line(call("--data-dir", "data"), 1, "connection lost")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# The validation set
+
+
+def test_with_a_holdout_the_test_set_is_not_read(call, small, no_network):
+    for path in idx_files(small)[:2]:
+        path.write_bytes(b"not to be read")
+    flags = ["--data-dir", small, "--epochs", 1]
+    assert call(*flags).returncode == 1
+    process = call(*flags, "--holdout", 100)
+    assert process.returncode == 0, process.stderr
+    assert "validation accuracy" in process.stdout
+    assert "test" not in process.stdout
+
+
+def test_the_validation_set_is_the_end_of_the_training_set(small):
+    flags = ["--data-dir", str(small), "--device", "cpu", "--holdout", "100"]
+    train_set, validation_set = load_datasets(parse_arguments(flags))
+    images, labels = load_mnist(small, "train")
+    assert torch.equal(torch.cat([train_set[0], validation_set[0]]), images)
+    assert torch.equal(validation_set[1], labels[-100:])
+
+
+def test_a_holdout_that_leaves_nothing_to_train_on_is_refused(call, data):
+    process = call("--data-dir", data, "--holdout", 600)
+    assert_one_line(process, 2, "--holdout 600 leaves none of 600 images")

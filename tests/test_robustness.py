@@ -31,8 +31,8 @@ def test_the_first_row_is_the_result_of_the_run(trained, data, monkeypatch, caps
     main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(CHANGES)
-    mean = result(trained[0])["accuracy"]["mean"]
-    assert lines[2].startswith(f"| as they are | {mean:.2f} ± ")
+    values = [result(seed)["eval_accuracy"] for seed in trained[0].glob("seed-*")]
+    assert lines[2] == f"| as they are | {cell(values)} |"
 
 
 def test_a_folder_without_models_ends_in_one_line(monkeypatch, capsys):

@@ -1,0 +1,110 @@
+"""The CUDA path on fake tensors, no GPU needed: devices do not mix, no step waits."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mnist_cnn
+
+
+class Watch(TorchDispatchMode):
+    """Counts kernels, lists waits for the device, and does what fake tensors cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.waits, self.dtypes = 0, [], set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name, tags, result = operation.name(), operation.tags, None
+        if reads := torch.Tag.data_dependent_output in tags:
+            result = True  # for any number that .item() and its like may return
+        elif operation._schema.returns:  # a fused optimizer's step has none
+            result = operation(*args, **(kwargs or {}))
+        waits = reads or torch.Tag.dynamic_output_shape in tags
+        if name in ("aten::index.Tensor", "aten::index_put_"):  # x[mask], not x[index]
+            waits = any(getattr(x, "dtype", None) is torch.bool for x in args[1])
+        leaves = tree_leaves((args, kwargs, result))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors}
+        if len(devices) > 1 or (waits and "cuda" in devices):  # two: a copy
+            self.waits.append(name)
+        self.dtypes.update(tensor.dtype for tensor in tensors)
+        launches = name.startswith("aten::") and "empty" not in name
+        self.kernels += launches and not operation.is_view
+        return result
+
+
+@pytest.fixture(params=[*mnist_cnn.RECIPES, "reference --precision=bf16"])
+def started(request, monkeypatch):
+    """The arguments and a training on a GPU whose tensors have no data."""
+    # Module.to makes fake weights from real ones only; bf16 and autograd want a GPU.
+    monkeypatch.setattr(mnist_cnn, "Net", unset_fake_temporarily()(mnist_cnn.Net))
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", bool)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+    def backward(loss):
+        for weights in training[0].parameters():
+            weights.grad = torch.zeros_like(weights)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    args = mnist_cnn.parse_arguments(["--recipe", *request.param.split()])
+    args.device = "cuda"
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        training = mnist_cnn.make_training(args, 1, 100)
+        yield args, training
+
+
+def batches(args, steps):
+    images = torch.zeros(steps * args.batch_size - 1, 28, 28, device="cuda").byte()
+    settings = args.batch_size, args.rotation, args.shift
+    return mnist_cnn.train_batches(images, images[:, 0, 0].long(), *settings)
+
+
+def test_an_epoch_mixes_no_devices_and_waits_only_at_its_end(started):
+    args, training = started
+    for steps in (3, 6):
+        # Not a terminal: no bar, which waits when it is redrawn.
+        with Watch() as watch, contextlib.redirect_stdout(io.StringIO()):
+            mnist_cnn.train_epoch(*training, batches(args, steps), steps)
+        assert watch.waits == ["aten::_local_scalar_dense"] * 2
+        assert (torch.bfloat16 in watch.dtypes) == (args.precision == "bf16")
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_evaluation_and_prediction_mix_no_devices(started, tta):
+    model, images = started[1][0], torch.zeros(1001, 28, 28, device="cuda").byte()
+    with Watch():
+        output = mnist_cnn.predict(model, images, tta)
+        mnist_cnn.loss_and_accuracy(output, images[:, 0, 0].long())
+        mnist_cnn.predict(model, images[:1], tta)
+
+
+def test_print_the_kernels_of_a_forward_pass_and_its_batch(started, request):
+    args, (model, *_) = started
+    prepared = batches(args, 2)
+    next(prepared)  # shuffles
+    with Watch() as watch:
+        model(next(prepared)[0])
+    print(request.node.callspec.id, "launches", watch.kernels, "kernels")
+
+
+def test_the_watch_sees_every_kind_of_wait():
+    with FakeTensorMode(shape_env=ShapeEnv()), Watch() as watch:
+        x = torch.zeros(3, device="cuda")
+        x.sum().item()
+        bool(x.sum() > 0)
+        torch.equal(x, x)
+        x.cpu()
+        x.sum().to("cpu")
+        torch.zeros(3).copy_(x)
+        torch.tensor(1.0, device="cuda")
+        x.nonzero()
+        x[x > 0]
+        x[x > 0] = x
+    assert len(watch.waits) == 10, watch.waits
