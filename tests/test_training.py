@@ -139,5 +139,5 @@ def test_with_tta_the_accuracy_of_the_run_is_that_of_nine_shifts(train, datasets
     assert result(tta)["accuracy"] == pytest.approx(accuracy)
 
 
-def test_two_epochs_of_real_mnist_reach_97_percent(real_run):
+def test_an_epoch_of_real_mnist_reaches_97_percent(real_run):
     assert result(real_run)["accuracy"] >= 97
