@@ -360,8 +360,8 @@ def draw_report(path, args, history, images, labels, output):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 10), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
-    left, right = top.subplots(1, 2)
+    (top_left, top_right), (bottom_left, bottom_right) = figure.subfigures(2, 2)
+    left, right = top_left.subplots(), top_right.subplots()
     eval_set = "validation set" if args.holdout else "test set"
     for name, label in (("train", "training set"), ("eval", eval_set)):
         epochs = [row["epoch"] for row in history]
@@ -373,19 +373,18 @@ def draw_report(path, args, history, images, labels, output):
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
     images, labels, output = images.cpu(), labels.cpu(), output.cpu()
-    left, right = bottom.subfigures(1, 2)
     probability, predicted = output.exp().max(dim=1)
     counts = torch.bincount(labels * 10 + predicted, minlength=100).view(10, 10)
-    ax = left.subplots()
+    ax = bottom_left.subplots()
     ax.imshow((counts - counts.diag().diag()).numpy(), cmap="Oranges")
     ax.set(xlabel="predicted digit", ylabel="true digit", title="confusion matrix")
     ax.set(xticks=range(10), yticks=range(10))
     for true, other in counts.nonzero().tolist():
         ax.text(other, true, counts[true, other].item(), ha="center", va="center")
-    right.suptitle("most confident mistakes: true as predicted, probability")
+    bottom_right.suptitle("most confident mistakes: true as predicted, probability")
     order = (probability * (predicted != labels)).argsort(descending=True)[:12]
     for place, index in enumerate(order[predicted[order] != labels[order]], start=1):
-        ax = right.add_subplot(3, 4, place)
+        ax = bottom_right.add_subplot(3, 4, place)
         ax.imshow(images[index].numpy(), cmap="gray_r")
         ax.axis("off")
         title = f"{labels[index]} as {predicted[index]}, {probability[index]:.0%}"
@@ -654,9 +653,7 @@ def make_parser():
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     add("--tta", action="store_true", help="average nine shifts of each test image")
     add("--synthetic", action="store_true", help="use generated digits, no download")
-    add(
-        "--dry-run", action="store_true", help="train on one batch; files only in --out"
-    )
+    add("--dry-run", action="store_true", help="one batch; files only with --out")
     add("--out", metavar="DIR", help="new folder for the output files")
     add("--resume", metavar="RUN", help="continue the run in a folder")
     add("--evaluate", metavar="FILE", help="test the weights in a file")

@@ -19,7 +19,6 @@ from conftest import (
     assert_one_line,
     assert_same_run,
     assert_same_weights,
-    metrics,
     result,
     start,
     tensors,
@@ -264,17 +263,6 @@ def test_a_resumed_run_has_the_number_of_threads_it_had(
     assert_same_weights(tmp_path / "whole" / "seed-1", tmp_path / "resumed" / "seed-1")
 
 
-def test_a_relative_data_folder_is_found_from_another_folder(
-    call, run, datasets, tmp_path
-):
-    write_idx(tmp_path / "small", datasets)
-    call("--data-dir", "small", "--epochs", 1, "--out", "run")
-    unfinish(tmp_path / "run" / "seed-1", 0)
-    (tmp_path / "elsewhere").mkdir()
-    process = run("--resume", "../run", cwd=tmp_path / "elsewhere")
-    assert process.returncode == 0, process.stderr
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="moves a folder that is in use")
 def test_a_run_whose_folder_is_moved_ends_and_makes_no_other(data, tmp_path):
     flags = ["--data-dir", data, "--epochs", 9999, "--out", "run"]
@@ -463,7 +451,3 @@ def test_evaluating_gives_the_accuracy_of_the_run(trained, data, call, tmp_path,
     assert f"accuracy {accuracy:.2f} %" in process.stdout
     assert process.returncode == 0, process.stderr
     assert names(tmp_path) == set()
-
-
-def test_metrics_have_no_row_of_another_run(trained):
-    assert metrics(trained[0] / "seed-5") != metrics(trained[0] / "seed-6")

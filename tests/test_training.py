@@ -62,11 +62,6 @@ def test_any_share_of_warm_up_works_in_a_run_of_five_batches(train, steps, pct_s
     assert len(steps) == 5
 
 
-def test_a_batch_larger_than_the_training_set_holds_all_of_it(train, steps):
-    train("--epochs", 2, "--batch-size", 60000)
-    assert len(steps) == 2
-
-
 def test_the_same_command_gives_the_same_weights(train):
     assert_same_run(train("--epochs", 2), train("--epochs", 2))
 
