@@ -324,12 +324,13 @@ def train_seed(args, seed, train_set, test_set, folder):
         tested = loss_and_accuracy(predict(model, test_set[0]), test_set[1])
         values = (epoch, *trained, *tested, time.perf_counter() - start)
         history.append(row := dict(zip(COLUMNS.split(","), values, strict=True)))
-        print(*(f"{value:{max(8, len(name))}.5g}" for name, value in row.items()))
         if not math.isfinite(row["train_loss"] + row["eval_loss"]):
-            return save(folder / "result.json", {"diverged_in_epoch": epoch})
+            save(folder / "result.json", {"diverged_in_epoch": epoch})
+            return print(f"Diverged: the loss is not finite in epoch {epoch}")
         save(checkpoint, ([part.state_dict() for part in training], history))
-        lines = [COLUMNS, *(",".join(map(str, row.values())) for row in history)]
-        save(folder / "metrics.csv", "\n".join([*lines, ""]).encode())
+        save(folder / "metrics.csv", history)
+        print(*(f"{value:{max(8, len(name))}.5g}" for name, value in row.items()))
+    save(folder / "metrics.csv", history)  # again, if a stop came before it
     output = predict(model, test_set[0], args.tta)
     result = history[-1] | {"accuracy": loss_and_accuracy(output, test_set[1])[1]}
     result["best"] = max(history, key=lambda row: row["eval_accuracy"])
@@ -343,12 +344,15 @@ def train_seed(args, seed, train_set, test_set, folder):
 
 # ---- Files, picture, statistics ----
 def save(path, content):
-    """Write tensors (.pt), JSON or bytes to a file: whole or not at all."""
+    """Write tensors (.pt), JSON, rows (.csv) or bytes: whole or not at all."""
     if path.suffix == ".pt":
         torch.save(content, buffer := io.BytesIO())
         content = buffer.getvalue()
     elif path.suffix == ".json":
         content = json.dumps(content, indent=2).encode()
+    elif path.suffix == ".csv":
+        lines = [COLUMNS, *(",".join(map(str, row.values())) for row in content)]
+        content = "\n".join([*lines, ""]).encode()
     unfinished = Path(f"{path}.{os.getpid()}.new")
     unfinished.write_bytes(content)
     os.replace(unfinished, path)
@@ -418,7 +422,7 @@ def verdict(first, second, confidence):
     difference = statistics.mean(second) - statistics.mean(first)
     if min(n, m) == 1 or a + b == 0:
         return "cannot tell: no spread between seeds"
-    if difference == 0:
+    if abs(difference) < 1e-9:
         return "no difference"
     # Welch (1947); seeds for a power of 80 %: Guenther (1981), 0.84 = quantile of 0.8
     freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
@@ -443,7 +447,7 @@ def open_folder(folder, config, resume):
             fail(f"{folder} has seen other images: give the --data-dir that holds them")
         if config["runs"] < saved["runs"]:
             fail(f"{folder} has --runs {saved['runs']}: give as many or more", status=2)
-        for path in folder.rglob("*.new"):  # left by a process that was killed
+        for path in folder.rglob("*.[0-9]*.new"):  # of a process that was killed
             path.unlink(missing_ok=True)
     elif folder.exists():
         fail(f"{folder} already exists: choose another --out, or --resume it")
@@ -478,7 +482,8 @@ def train(args):
     if rank == 0:
         open_folder(folder, config, args.resume)
         print(f"On {args.device}, torch {torch.__version__}; output files in {folder}")
-        print(f"to continue after a stop: --resume {folder}")
+        if not args.dry_run:
+            print(f"to continue after a stop: --resume {folder}")
     if torchrun:
         distributed.broadcast_object_list(shared := [folder])
         folder = shared[0]
@@ -508,22 +513,26 @@ def read_picture(path):
     picture = ImageOps.contain(picture, (200, 200))
     paper = Image.new("RGBA", picture.size, "grey")
     grey = Image.alpha_composite(paper, picture).convert("L")
+    near, far = (grey.filter(ImageFilter.GaussianBlur(radius)) for radius in (3, 25))
+    grey, near, far = (pil_to_tensor(part).float() for part in (grey, near, far))
     # Ink differs from its surroundings, whatever the paper and the light on it.
-    surroundings = grey.filter(ImageFilter.GaussianBlur(25))
-    ink = pil_to_tensor(surroundings).float() - pil_to_tensor(grey)
-    ink = ink if ink.max() > -ink.min() else -ink  # light on dark
-    ink = F.threshold(ink, max(20, 0.4 * ink.max().item()), 0)
+    ink = far - grey if (far - grey).max() > (grey - far).max() else grey - far
+    ink = F.threshold(ink, max(40, 0.4 * ink.max().item()), 0)
     # What hangs together takes its largest number; at the picture's edge that is 1e6.
     parts = torch.arange(1.0, 1 + ink.numel()).view(ink.shape)[:, 1:-1, 1:-1]
     parts = F.pad(parts, (1, 1, 1, 1), value=1e6) * ink.sign()
     while not parts.equal(grown := F.max_pool2d(parts, 9, 1, 4) * ink.sign()):
         parts = grown
     sizes = parts[(0 < parts) & (parts < 1e6)].long().bincount(minlength=1)
-    if sizes.max() < 40:
+    ink = ink * (parts == sizes.argmax())
+    sharpness = ((near - grey) * ink.sign()).abs().max()  # low: a shadow, a lamp
+    if sizes.max() < 40 or sharpness < 0.19 * ink.max():
         raise ValueError("no digit on it, at a distance from its edges")
-    picture = to_pil_image((ink * (parts == sizes.argmax())).byte())
-    picture = ImageOps.pad(picture.crop(picture.getbbox()), (20, 20))
-    image = pil_to_tensor(ImageOps.expand(ImageOps.autocontrast(picture), 4))
+    picture = to_pil_image(ink.byte())
+    picture = picture.crop(picture.getbbox())
+    border = max(picture.size) // 20 + 1  # so that a thin line keeps a width
+    picture = ImageOps.pad(ImageOps.expand(picture, border), (22, 22))
+    image = pil_to_tensor(ImageOps.expand(ImageOps.autocontrast(picture), 3))
     rows, columns = image.sum(dim=2), image.sum(dim=1)  # to the centre of mass
     y, x = (part[0] @ torch.arange(28) / part.sum() for part in (rows, columns))
     return image.roll((round(13.5 - y.item()), round(13.5 - x.item())), dims=(1, 2))
@@ -573,7 +582,7 @@ def compare(folders):
     lowest, highest = min(intervals)[0], max(end for _, _, end in intervals)
     scale = 23 / (highest - lowest or 1)
     confidence = 1 - 0.05 / max(1, len(runs) - 1)  # Bonferroni's correction
-    kind = "validation" if configs[0]["holdout"] else "test"
+    kind = "validation" if configs[0].get("holdout") else "test"
     width = max(map(len, folders))
     print(f"{'run':{width}}    n  {kind} accuracy, %; difference from the first")
     for folder, config, values, ends in zip(folders, configs, runs, intervals):
@@ -671,10 +680,12 @@ def parse_arguments(arguments):
     for flag in flags:
         if job and flag not in (job, *JOBS[job]):
             parser.error(f"{flag} does not go with {job}")
-    if args.predict and args.evaluate is None:
+    if "" in vars(args).values():
+        parser.error("the value of a flag is empty")
+    if args.predict and not args.evaluate:
         parser.error("--predict needs --evaluate FILE, the weights to use")
     parser.set_defaults(**RECIPES[args.recipe])
-    if args.resume is not None:
+    if args.resume:
         with exit_on_error(f"cannot resume {args.resume}"):
             config = json.loads(Path(args.resume, "config.json").read_text())
             torch.set_num_threads(config["threads"])  # others round differently
@@ -696,7 +707,7 @@ def main(arguments):
         torch.ones(1, device=args.device).add(1).item()
     if args.predict:
         return predict_pictures(args)
-    if args.evaluate is not None:
+    if args.evaluate:
         return evaluate(args)
     with tempfile.TemporaryDirectory() as temporary:
         if args.dry_run:

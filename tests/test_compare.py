@@ -76,6 +76,7 @@ def test_the_seeds_that_would_tell_are_more_than_those_that_did_not():
 def test_equal_results_are_no_difference_and_ask_for_no_seeds():
     values = sample(5, 99.3, 0.05)
     assert verdict(values, values[::-1], 0.95) == "no difference"
+    assert verdict([99.1, 99.2, 99.3], [99.1, 99.3], 0.95) == "no difference"
 
 
 @pytest.mark.parametrize(("n", "second"), [(1, 99.5), (1, 99.6), (5, 99.6)])

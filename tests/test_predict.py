@@ -76,6 +76,14 @@ def shadow():
     return Image.composite(paper(90), paper(200), edge)
 
 
+def soft(light):
+    spot = paper(150)
+    ImageDraw.Draw(spot).ellipse((120, 150, 280, 350), light)
+    return photograph(
+        Image.new("L", SIZE), spot.filter(ImageFilter.GaussianBlur(25)), noise=3
+    )
+
+
 def lines():
     picture = paper(215)
     for y in range(60, 500, 125):
@@ -179,12 +187,22 @@ def test_a_doubtful_digit_has_a_runner_up(real_run, call, tmp_path):
     assert (", or " in text) == (share < 90)
 
 
+def test_a_thin_upright_line_is_a_one(real_run, call, tmp_path):
+    picture = Image.new("L", (800, 600), 240)
+    ImageDraw.Draw(picture).line((400, 100, 400, 500), 20, 4)
+    path = save(picture, tmp_path / "one.png")
+    process = call("--evaluate", real_run / "final.pt", "--predict", path)
+    assert f"{path}: 1 (" in process.stdout, process.stderr
+
+
 BLANK = {
     "white": lambda: paper(255),
     "black": lambda: paper(0),
     "noisy": lambda: photograph(Image.new("L", SIZE), paper(200), noise=12),
     "light from one side": lambda: photograph(Image.new("L", SIZE), paper(60, 230)),
     "a shadow": lambda: photograph(Image.new("L", SIZE), shadow()),
+    "a soft shadow": lambda: soft(60),
+    "the light of a lamp": lambda: soft(250),
     "lines": lambda: photograph(Image.new("L", SIZE), lines()),
     "specks": lambda: specks(Image.new("L", SIZE)),
     "transparent": lambda: Image.new("RGBA", SIZE),

@@ -203,8 +203,10 @@ def test_runs_killed_at_random_moments_end_like_one_that_was_not(call, data, tmp
 
 def test_resuming_trains_only_what_is_not_finished(trained, copy, call):
     unfinish(copy / "seed-6", 2)
+    (copy / "seed-6" / "metrics.csv").unlink()  # the checkpoint is written before it
     shutil.rmtree(copy / "seed-7")
     (copy / "seed-6" / "checkpoint.pt.123.new").touch()  # of a killed process
+    (copy / "my.new").touch()
     before = (copy / "seed-5" / "final.pt").stat().st_mtime_ns
     process = call("--resume", "copy")
     assert process.returncode == 0, process.stderr
@@ -214,6 +216,7 @@ def test_resuming_trains_only_what_is_not_finished(trained, copy, call):
         assert_same_run(copy / seed, trained[0] / seed)
         assert result(copy / seed)["accuracy"] == result(trained[0] / seed)["accuracy"]
     assert names(copy / "seed-6") == SEED_FILES
+    assert (copy / "my.new").exists()
 
 
 def test_resuming_a_finished_run_prints_its_results(trained, copy, call):
