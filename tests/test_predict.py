@@ -58,7 +58,7 @@ def ink(strokes, pen=22, height=280, left=120, top=100):
         points = rounded(points) if strokes in ROUND.values() else points
         draw.line(points, 255, pen, joint="curve")
         for x, y in points:
-            draw.circle((x, y), pen / 2, 255)
+            draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
     return picture
 
 
@@ -102,7 +102,7 @@ def specks(mask):
     picture, place = photograph(mask, paper(200)), random.Random(1)
     for _ in range(25):
         x, y, size = place.randrange(400), place.randrange(500), place.randrange(1, 5)
-        ImageDraw.Draw(picture).circle((x, y), size, 60)
+        ImageDraw.Draw(picture).ellipse((x, y, x + 2 * size, y + 2 * size), 60)
     return picture
 
 
