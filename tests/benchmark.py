@@ -43,7 +43,7 @@ def usual_loop(args, workers):
         ]
     )
     loader = torch.utils.data.DataLoader(
-        MNIST(args.data_dir, transform=transform),
+        MNIST(args.data_dir, transform=transform, download=True),
         batch_size=BATCH_SIZE,
         shuffle=True,
         num_workers=workers,
@@ -171,12 +171,12 @@ def print_floor(device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="auto")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=best)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--steps", type=int, default=40, help="steps in a block")
     parser.add_argument("--blocks", type=int, default=7, help="blocks of each variant")
     args = parser.parse_args()
-    args.device = mnist_cnn.parse_arguments(["--device", args.device]).device
     name = f"{torch.get_num_threads()} threads of {platform.machine()}"
     if args.device.startswith("cuda"):
         name = torch.cuda.get_device_name(args.device)
