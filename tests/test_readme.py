@@ -66,9 +66,9 @@ def test_every_command_runs_and_the_shown_output_has_its_shape(outputs):
     assert header in sample
     (compared,) = (text for command, text in outputs.items() if "--compare" in command)
     names = re.compile(r"^(runs/\S+|[a-z_]+) ", re.MULTILINE)
-    wanted = names.findall(shown("difference from the first"))
+    wanted = names.findall(shown("runs/lr"))
     assert [name for name in names.findall(compared) if name in wanted] == wanted
-    for line in shown("difference from the first").splitlines():
+    for line in shown("runs/lr").splitlines():
         if line.startswith(("run ", "Confidence", "lr ")):
             assert shape(line) in shape(compared)
     (digit,) = (text for command, text in outputs.items() if "--predict" in command)
