@@ -721,8 +721,7 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (KeyboardInterrupt, OSError, MemoryError, torch.OutOfMemoryError) as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # stdout may be what failed
-        fail(f"stopped: {type(error).__name__}: {error}")
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        fail(f"stopped by {type(error).__name__} {error}".rstrip(), status)

@@ -377,14 +377,14 @@ def test_a_full_disk_ends_a_run_with_one_line_and_a_good_checkpoint(
     assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / "full" / "seed-1")
 
 
-def test_a_table_that_cannot_be_written_costs_no_epoch(trained, copy, run):
+def test_a_table_that_cannot_be_written_costs_no_epoch(trained, copy, run, call):
     """Such as metrics.csv open in Excel: the checkpoint is written before it."""
     unfinish(copy / "seed-5", 0)
     (copy / "seed-5" / "metrics.csv").mkdir()  # nothing can take this name now
     assert_one_line(run("--resume", "copy"), 1, "metrics.csv")
     (copy / "seed-5" / "metrics.csv").rmdir()
     assert len(tensors(copy / "seed-5" / "checkpoint.pt")[1]) == 1
-    assert run("--resume", "copy").returncode == 0
+    assert call("--resume", "copy").returncode == 0
     assert_same_run(copy / "seed-5", trained[0] / "seed-5")
 
 
