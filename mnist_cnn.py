@@ -565,7 +565,7 @@ def read_run(folder):
     accuracies = []
     for path in (Path(folder, f"seed-{seed}", "result.json") for seed in seeds):
         with exit_on_error(f"cannot use {path} (without it, --resume trains the seed)"):
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(), parse_constant=int)  # refuses NaN
             if "diverged_in_epoch" not in result:
                 accuracies.append(float(result["accuracy"]))
     if not accuracies:

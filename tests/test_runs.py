@@ -335,7 +335,9 @@ def test_bad_checkpoints_are_refused_by_name_and_left_alone(call, copy, tmp_path
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "", '{"accuracy": "high"}'])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "", '{"accuracy": "high"}', '{"accuracy": NaN}']
+)
 @pytest.mark.parametrize("job", ["--resume", "--compare"])
 def test_a_damaged_result_ends_with_one_line_and_no_table(call, copy, content, job):
     (copy / "seed-5" / "result.json").write_text(content)
