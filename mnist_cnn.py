@@ -438,11 +438,11 @@ def verdict(first, second, confidence):
 
 # ---- Jobs: train, evaluate, predict, compare ----
 def open_folder(folder, config, resume):
-    """Make the folder of a new run, or let one go on with its own script and data."""
+    """Make the folder of a new run, or continue one with its own script and data."""
     if resume:
         saved = json.loads((folder / "config.json").read_text())
         if config["script"] != saved["script"]:
-            fail(f"{folder} has another script: go on with {folder}/mnist_cnn.py")
+            fail(f"{folder} has another script: continue with {folder}/mnist_cnn.py")
         if config["data"] != saved["data"]:
             fail(f"{folder} has seen other images: give the --data-dir that holds them")
         if config["runs"] < saved["runs"]:
@@ -519,12 +519,12 @@ def read_picture(path):
     ink = far - grey if (far - grey).max() > (grey - far).max() else grey - far
     ink = F.threshold(ink, max(40, 0.4 * ink.max().item()), 0)
     # What hangs together takes its largest number; at the picture's edge that is 1e6.
-    parts = torch.arange(1.0, 1 + ink.numel()).view(ink.shape)[:, 1:-1, 1:-1]
-    parts = F.pad(parts, (1, 1, 1, 1), value=1e6) * ink.sign()
-    while not parts.equal(grown := F.max_pool2d(parts, 9, 1, 4) * ink.sign()):
-        parts = grown
-    sizes = parts[(0 < parts) & (parts < 1e6)].long().bincount(minlength=1)
-    ink = ink * (parts == sizes.argmax())
+    regions = torch.arange(1.0, 1 + ink.numel()).view(ink.shape)[:, 1:-1, 1:-1]
+    regions = F.pad(regions, (1, 1, 1, 1), value=1e6) * ink.sign()
+    while not regions.equal(grown := F.max_pool2d(regions, 9, 1, 4) * ink.sign()):
+        regions = grown
+    sizes = regions[(0 < regions) & (regions < 1e6)].long().bincount(minlength=1)
+    ink = ink * (regions == sizes.argmax())
     sharpness = ((near - grey) * ink.sign()).abs().max()  # low: a shadow, a lamp
     if sizes.max() < 40 or sharpness < 0.19 * ink.max():
         raise ValueError("no digit on it, at a distance from its edges")
