@@ -75,9 +75,8 @@ def read_idx(path, dimensions):
     path = path if path.exists() else Path(f"{path}.gz")
     read = gzip.open if path.suffix == ".gz" else open
     with exit_on_error(f"cannot read {path}"), read(path, "rb") as file:
-        magic, *shape = struct.unpack(
-            f">{1 + dimensions}I", file.read(4 + 4 * dimensions)
-        )
+        header = file.read(4 + 4 * dimensions)
+        magic, *shape = struct.unpack(f">{1 + dimensions}I", header)
         if magic != 0x800 + dimensions:
             raise ValueError(f"not an IDX file of bytes in {dimensions} dimensions")
         return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8).view(shape)
@@ -111,8 +110,8 @@ def load_datasets(args):
     if args.holdout >= (count := len(train_set[0])):
         fail(f"--holdout {args.holdout} leaves none of {count} images", status=2)
     if args.holdout:
-        split = (part.tensor_split([-args.holdout]) for part in train_set)
-        train_set, test_set = zip(*split)
+        divided = (part.tensor_split([-args.holdout]) for part in train_set)
+        train_set, test_set = zip(*divided)
     limit = args.batch_size if args.dry_run else None
     pairs = train_set, test_set
     return [[part[:limit].to(args.device) for part in pair] for pair in pairs]
@@ -244,16 +243,15 @@ def make_training(args, seed, total_steps):
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=decay, fused=True
     )
-    rates = {"div_factor": args.div_factor, "final_div_factor": args.final_div_factor}
-    # OneCycleLR divides by (steps of the warm-up - 1).
-    warm_up = args.pct_start if args.pct_start * total_steps != 1 else 0.0
     scheduler = OneCycleLR(
         optimizer,
         args.lr,
         total_steps,
-        pct_start=warm_up,
+        # OneCycleLR divides by (steps of the warm-up - 1).
+        pct_start=args.pct_start if args.pct_start * total_steps != 1 else 0.0,
+        div_factor=args.div_factor,
+        final_div_factor=args.final_div_factor,
         cycle_momentum=False,
-        **rates,
     )
     return model, optimizer, scheduler
 
@@ -494,8 +492,8 @@ def train(args):
         distributed.barrier()
         distributed.destroy_process_group()  # its threads could abort the exit
     if rank == 0:
-        compare([str(folder)])
-        if diverged := args.runs - len(read_run(folder)[1]):
+        (accuracies,) = compare([str(folder)])
+        if diverged := args.runs - len(accuracies):
             fail(f"{diverged} of {args.runs} seeds diverged and are in no mean")
 
 
@@ -574,7 +572,7 @@ def read_run(folder):
 
 
 def compare(folders):
-    """Print how the accuracies and the settings of runs differ from the first's."""
+    """Print how accuracies and settings differ from the first's; return accuracies."""
     configs, runs = zip(*map(read_run, folders))
     if any(config.get("data") != configs[0].get("data") for config in configs):
         fail("cannot compare: the runs have other data, or another --holdout")
@@ -599,6 +597,7 @@ def compare(folders):
         values = [str(config.get(name)) for config in configs]
         if len(set(values)) > 1:
             print(f"{name:16}", *(f"{value:>9}" for value in values))
+    return runs
 
 
 # ---- Command line ----

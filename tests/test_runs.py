@@ -147,9 +147,8 @@ def diverging(data, call, monkeypatch, tmp_path):
 
     def break_the_fourth(*training):
         lr, loss, accuracy = train_epoch(*training)
-        return lr, math_nan if next(epochs) == 4 else loss, accuracy
+        return lr, float("nan") if next(epochs) == 4 else loss, accuracy
 
-    math_nan = float("nan")
     monkeypatch.setattr(mnist_cnn, "train_epoch", break_the_fourth)
     flags = ["--data-dir", data, "--epochs", 2, "--runs", 3, "--out", "run"]
     return tmp_path / "run", call(*flags)
@@ -419,7 +418,7 @@ def test_the_picture_is_drawn_whatever_matplotlib_is_told_to_show_it_with(
 
 @pytest.mark.parametrize("mistakes", [0, 3, 30])
 def test_the_picture_has_a_panel_for_each_of_at_most_twelve_mistakes(
-    train, datasets, monkeypatch, tmp_path, mistakes
+    datasets, monkeypatch, tmp_path, mistakes
 ):
     from matplotlib.figure import Figure
 
@@ -433,15 +432,12 @@ def test_the_picture_has_a_panel_for_each_of_at_most_twelve_mistakes(
     row = {"epoch": 1, "train_loss": 1, "eval_loss": 1}
     row |= {"train_accuracy": 90, "eval_accuracy": 100 - mistakes / 2}
     args = mnist_cnn.parse_arguments(["--holdout", "9"])
-    draw_report(tmp_path / "x.png", args, [row], images, labels, output)
+    mnist_cnn.draw_report(tmp_path / "x.png", args, [row], images, labels, output)
     titles = [ax.get_title() for ax in drawn[0].axes]
     assert len([title for title in titles if " as " in title]) == min(mistakes, 12)
     legend = drawn[0].axes[1].get_legend().get_texts()
     assert [text.get_text() for text in legend] == ["training set", "validation set"]
     assert drawn[0].axes[1].get_yscale() == "log"
-
-
-draw_report = mnist_cnn.draw_report  # the fixture ``train`` replaces it
 
 
 # Evaluating
