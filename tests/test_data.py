@@ -228,7 +228,7 @@ def test_a_download_appears_whole_and_two_at_once_do_not_disturb_each_other(
         barrier.wait(timeout=60)
 
     barrier = threading.Barrier(2)
-    monkeypatch.setattr("mnist_cnn.MNIST", slow_download)
+    monkeypatch.setattr("torchvision.datasets.MNIST", slow_download)
     with ThreadPoolExecutor() as pool:
         loads = [pool.submit(load_mnist, tmp_path / "data", "train") for _ in range(2)]
         for load in loads:
@@ -242,7 +242,7 @@ def test_a_download_that_fails_leaves_no_file(call, tmp_path, monkeypatch):
         Path(folder, "MNIST", "raw", "train-images-idx3-ubyte").write_bytes(b"part")
         raise OSError("connection lost")
 
-    monkeypatch.setattr("mnist_cnn.MNIST", broken_download)
+    monkeypatch.setattr("torchvision.datasets.MNIST", broken_download)
     assert_one_line(call("--data-dir", "data"), 1, "connection lost")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -271,4 +271,4 @@ def test_the_validation_set_is_the_end_of_the_training_set(small):
 
 def test_a_holdout_that_leaves_nothing_to_train_on_is_refused(call, data):
     process = call("--data-dir", data, "--holdout", 600)
-    assert_one_line(process, 2, "--holdout 600 leaves none of 600 images")
+    assert_one_line(process, 2, "--holdout 600 leaves nothing to train on")
