@@ -106,7 +106,7 @@ def load_datasets(args):
         test_set = None if args.holdout else load_mnist(args.data_dir, "t10k")
     count = len(train_set[0]) - args.holdout
     if count < 1:
-        fail(f"--holdout {args.holdout} leaves nothing to train on", status=2)
+        fail(f"--holdout {args.holdout} leaves nothing to train on", 2)
     if args.holdout:
         test_set = [tensor[count:] for tensor in train_set]
         train_set = [tensor[:count] for tensor in train_set]
@@ -228,10 +228,8 @@ def load_model(path, device="cpu", precision="fp32"):
 
 
 # ---- Training and testing ----
-
 # A row of metrics.csv: accuracies in %; eval is the test or the validation set.
-COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy")
-COLUMNS += ("eval_loss", "eval_accuracy", "seconds")
+COLUMNS = "epoch lr train_loss train_accuracy eval_loss eval_accuracy seconds"
 
 
 def make_training(args, seed, total_steps):
@@ -316,7 +314,7 @@ def train_seed(args, seed, train_set, test_set, folder):
                 part.load_state_dict(state)
         save(folder / "metrics.csv", history)  # a stop may have come before it
     print(f"Seed {seed}")
-    print(*(f"{name:>8}" for name in COLUMNS))
+    print(*(f"{name:>8}" for name in COLUMNS.split()))
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(seed * 10_000 + epoch)  # no generator state to save
@@ -324,7 +322,7 @@ def train_seed(args, seed, train_set, test_set, folder):
         row = [epoch, *train_epoch(*training, batches, steps)]
         row += loss_and_accuracy(predict(model, images), labels)
         row += [time.perf_counter() - start]
-        history.append(row := dict(zip(COLUMNS, row, strict=True)))
+        history.append(row := dict(zip(COLUMNS.split(), row, strict=True)))
         if not math.isfinite(row["train_loss"] + row["eval_loss"]):
             print(f"Diverged: the loss is not finite in epoch {epoch}")
             return save(folder / "result.json", {"diverged_in_epoch": epoch})
@@ -350,7 +348,7 @@ def save(path, content):
     elif path.suffix == ".json":
         content = json.dumps(content, indent=2).encode()
     elif path.suffix == ".csv":
-        rows = [COLUMNS, *(row.values() for row in content)]
+        rows = [content[0], *(row.values() for row in content)]
         content = "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
     unfinished = Path(f"{path}.new")
     unfinished.write_bytes(content)
@@ -368,6 +366,7 @@ def draw_report(path, args, history, images, labels, output):
     for title, ax in axes.items():
         ax.set_title(title)
     loss, error, matrix, mistakes = axes.values()
+
     epochs = [row["epoch"] for row in history]
     eval_set = "validation set" if args.holdout else "test set"
     for name, label in (("train", "training set"), ("eval", eval_set)):
@@ -379,8 +378,8 @@ def draw_report(path, args, history, images, labels, output):
         ax.set(xlabel="epoch", xticks=epochs[:: len(epochs) // 10 + 1], yscale="log")
         ax.legend()
 
-    images, labels, output = images.cpu(), labels.cpu(), output.cpu()
-    probability, predicted = output.exp().max(dim=1)
+    images, labels = images.cpu(), labels.cpu()
+    confidence, predicted = output.cpu().max(dim=1)
     counts = torch.bincount(labels * 10 + predicted, minlength=100).view(10, 10)
     matrix.imshow((counts - counts.diag().diag()).numpy(), cmap="Oranges")
     matrix.set(xlabel="predicted digit", ylabel="true digit")
@@ -389,12 +388,12 @@ def draw_report(path, args, history, images, labels, output):
         matrix.text(x, y, counts[y, x].item(), ha="center", va="center")
 
     wrong = (predicted != labels).nonzero().flatten()
-    wrong = wrong[probability[wrong].argsort(descending=True)[:12]]
+    wrong = wrong[confidence[wrong].argsort(descending=True)[:12]]
     strip = images[wrong].transpose(0, 1).flatten(1)
     strip = F.pad(strip, (0, 12 * 28 - strip.shape[1]))
     mistakes.imshow(strip.numpy(), cmap="gray_r")
-    names = [f"{labels[i]} as {predicted[i]}, {probability[i]:.0%}" for i in wrong]
-    centres = [14 + 28 * place for place in range(len(names))]
+    names = [f"{labels[i]} as {predicted[i]}" for i in wrong]
+    centres = range(14, 28 * len(names), 28)
     mistakes.set(xticks=centres, xticklabels=names, yticks=[])
     figure.savefig(buffer := io.BytesIO())
     save(path, buffer.getvalue())
@@ -455,7 +454,7 @@ def open_folder(folder, args, datasets):
         if config["data"] != saved["data"]:
             fail(f"{folder} has seen other images: give their --data-dir")
         if args.runs < saved["runs"]:
-            fail(f"{folder} has --runs {saved['runs']}: give no fewer", status=2)
+            fail(f"{folder} has --runs {saved['runs']}: give no fewer", 2)
     elif folder.exists():
         fail(f"{folder} exists: choose another --out, or --resume it")
     else:
@@ -472,8 +471,8 @@ def train(args):
 
         summary(Net(args.width), (1, 28, 28), device="cpu")
     datasets = load_datasets(args)
-    now = time.strftime("%Y-%m-%d-%H%M%S")
-    folder = Path(args.resume or args.out or f"runs/{now}-{os.getpid()}")
+    name = time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
+    folder = Path(args.resume or args.out or name)
     open_folder(folder, args, datasets)
     for seed in range(args.seed, args.seed + args.runs):
         if not (folder / f"seed-{seed}" / "result.json").exists():
@@ -580,7 +579,6 @@ def compare(folders):
 
 
 # ---- Command line ----
-
 # The flags that choose another job than training, and what goes with them.
 JOBS = {
     "--compare": [],
@@ -610,7 +608,7 @@ def number(kind, low, below):
 def make_parser():
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (see --help)", status=2)
+    parser.error = lambda message: fail(f"{message} (see --help)", 2)
     count, natural = number(int, 1, 100_000), number(int, 0, 100_000)
     positive, share = number(float, 0, math.inf), number(float, 0, 1)
     ratio, size = number(float, 1, math.inf), number(float, 0, 360)
@@ -677,7 +675,7 @@ def main(arguments):
     if args.device == "auto":
         found = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if found else "cpu"
-    with exit_on_error(f"--device {args.device} does not work (cpu does)", status=2):
+    with exit_on_error(f"--device {args.device} does not work (cpu does)", 2):
         torch.ones(1, device=args.device).add(1).item()
     if args.predict:
         return predict_pictures(args)

@@ -11,7 +11,6 @@ import itertools
 import multiprocessing
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,16 +20,11 @@ import torch.nn.functional as F
 from torchvision import transforms
 from torchvision.datasets import MNIST
 
-SCRIPT = Path(__file__).resolve().parent.parent / "mnist_cnn.py"
-sys.path.insert(0, str(SCRIPT.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mnist_cnn
 
 BATCH_SIZE, IMAGES = 128, 60_000
-MEGAFLOPS = 13.0  # an image, both ways: 6 for each of 2.164 million multiply-adds
-MEGABYTES = (
-    25 * 16
-)  # a step: its activations, 16 MB, in some 25 passes if nothing is fused
 
 
 def usual_loop(args, workers):
@@ -74,13 +68,12 @@ def this_script(args, *flags):
     flags = mnist_cnn.parse_arguments(["--device", args.device, *flags])
     train_set = mnist_cnn.load_mnist(args.data_dir, "train")
     train_set = [part.to(args.device) for part in train_set]
-    parts = mnist_cnn.make_training(flags, 1, IMAGES)
+    training = mnist_cnn.make_training(flags, 1, IMAGES)
     epochs = iter(lambda: mnist_cnn.train_batches(*train_set, BATCH_SIZE, 7, 0), None)
     batches = itertools.chain.from_iterable(epochs)
 
     def run(steps):
-        part = itertools.islice(batches, steps)
-        mnist_cnn.train_epoch(*parts, part, steps)
+        mnist_cnn.train_epoch(*training, itertools.islice(batches, steps), steps)
 
     return run
 
@@ -140,35 +133,6 @@ def take_turns(args):
     }
 
 
-def best_seconds(work, device):
-    """Return the shortest of ten times that the work on the device took, in seconds."""
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        work()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def print_floor(device):
-    """Print how long a step's arithmetic and memory traffic would take at full speed."""
-    matrix = torch.randn(2048, 2048, device=device)
-    gigaflops = 2 * 2048**3 / best_seconds(lambda: matrix @ matrix, device) / 1e9
-    block = torch.randn(64_000_000, device=device)
-    copy = torch.empty_like(block)
-    seconds = best_seconds(lambda: copy.copy_(block), device)
-    gigabytes = 2 * block.nbytes / seconds / 1e9
-    arithmetic = MEGAFLOPS * BATCH_SIZE / gigaflops
-    traffic = MEGABYTES / gigabytes
-    print(
-        f"\nFloor of a step here: {arithmetic:.2f} ms of arithmetic (matrix product: "
-        f"{gigaflops:,.0f} GFLOP/s), {traffic:.2f} ms of unfused memory traffic "
-        f"(copy: {gigabytes:,.0f} GB/s)"
-    )
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     best = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,29 +144,16 @@ def main():
     name = f"{torch.get_num_threads()} threads of {platform.machine()}"
     if args.device.startswith("cuda"):
         name = torch.cuda.get_device_name(args.device)
-    print(
-        f"{args.device}, {name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n"
-    )
+    date = time.strftime("%Y-%m-%d")
+    print(f"{args.device}, {name}, torch {torch.__version__}, {date}\n")
     results = take_turns(args)
     usual = min(ms for name, (ms, _) in results.items() if name.startswith("usual"))
     print("| variant | ms a step | s an epoch | images/s | x faster usual | peak MB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, (ms, peak) in results.items():
         epoch, speed = ms * IMAGES / BATCH_SIZE / 1000, 1000 * BATCH_SIZE / ms
-        numbers = (
-            f"{ms:.2f} | {epoch:.1f} | {speed:,.0f} | {usual / ms:.2f} | {peak:,.0f}"
-        )
-        print(f"| {name} | {numbers} |")
-    command = [sys.executable, str(SCRIPT), "--dry-run", "--device", args.device]
-    start = time.perf_counter()
-    subprocess.run(
-        [*command, "--data-dir", args.data_dir], check=True, capture_output=True
-    )
-    seconds = time.perf_counter() - start
-    print(
-        f"\nFrom process start to the end of one training and one test batch: {seconds:.1f} s"
-    )
-    print_floor(args.device)
+        times = f"{ms:.2f} | {epoch:.1f} | {speed:,.0f} | {usual / ms:.2f}"
+        print(f"| {name} | {times} | {peak:,.0f} |")
 
 
 if __name__ == "__main__":

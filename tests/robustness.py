@@ -16,23 +16,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mnist_cnn
 
 # Each change is a list of (degrees counter-clockwise, pixels to the right, pixels down).
-SIDES = [(0, 2, 0), (0, -2, 0), (0, 0, 2), (0, 0, -2)]
 CORNERS = [(0, x, y) for x in (-2, 2) for y in (-2, 2)]
-BOTH = [(degrees, x, y) for degrees in (15, -15) for _, x, y in CORNERS]
 CHANGES = {
     "as they are": [(0, 0, 0)],
     "rotated by 15° either way": [(15, 0, 0), (-15, 0, 0)],
-    "shifted by 2 pixels to each side": SIDES,
     "shifted by 2 pixels to each corner": CORNERS,
-    "rotated by 15° and shifted to each corner": BOTH,
+    "rotated by 15° and shifted to each corner": [
+        (degrees, x, y) for degrees in (15, -15) for _, x, y in CORNERS
+    ],
 }
 
 
 def changed(images, degrees, right, down):
     """Return uint8 images (N, 28, 28), shifted and rotated."""
-    count = len(images)
-    shifts = torch.tensor([[right, down]]).float().expand(count, 2)
-    degrees = torch.full((count,), float(degrees))
+    degrees = torch.full((len(images),), float(degrees))
+    shifts = torch.tensor([[right, down]]).float().expand(len(images), 2)
     pixels = mnist_cnn.affine(images.unsqueeze(1).float(), degrees, shifts)
     return pixels.squeeze(1).round().byte()
 
@@ -45,16 +43,7 @@ def accuracies(run, variants, labels):
         outputs = [mnist_cnn.predict(model, images) for images in variants]
         scores = [mnist_cnn.loss_and_accuracy(output, labels)[1] for output in outputs]
         means.append(statistics.mean(scores))
-    return means
-
-
-def cell(values):
-    """Return "mean ± interval", or the one value of a single model."""
-    mean = f"{statistics.mean(values):.2f}"
-    if len(values) == 1:
-        return mean
-    low, _, high = mnist_cnn.interval(values)
-    return f"{mean} ± {(high - low) / 2:.2f}"
+    return means or mnist_cnn.fail(f"{run} has no seed-*/final.pt: give a run's folder")
 
 
 def main():
@@ -62,17 +51,16 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
-    for run in args.runs:
-        if not any(Path(run).glob("seed-*/final.pt")):
-            mnist_cnn.fail(
-                f"{run} has no seed-*/final.pt: give a finished run's folder"
-            )
     images, labels = mnist_cnn.load_mnist(args.data_dir, "t10k")
     print(f"| test images | {' | '.join(Path(run).name for run in args.runs)} |")
     print("| --- |" + " ---: |" * len(args.runs))
     for name, changes in CHANGES.items():
         variants = [changed(images, *change) for change in changes]
-        cells = [cell(accuracies(run, variants, labels)) for run in args.runs]
+        cells = []
+        for run in args.runs:
+            _, mean, high = mnist_cnn.interval(accuracies(run, variants, labels))
+            spread = f" ± {high - mean:.2f}" if high > mean else ""
+            cells.append(f"{mean:.2f}{spread}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

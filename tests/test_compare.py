@@ -54,11 +54,9 @@ def test_the_interval_of_a_difference_is_welchs(first, second, confidence, half_
     assert found == pytest.approx(half_width, abs=6e-4)  # printed with three decimals
 
 
-@pytest.mark.parametrize(
-    ("mean", "words"), [(99.5, "better"), (99.1, "worse"), (99.31, "cannot tell")]
-)
-def test_a_difference_beyond_its_interval_has_a_word(mean, words):
-    assert words in verdict(sample(5, 99.3, 0.05), sample(5, mean, 0.05), 0.95)
+def test_a_difference_beyond_its_interval_has_a_word():
+    for mean, words in (99.5, "better"), (99.1, "worse"), (99.31, "cannot tell"):
+        assert words in verdict(sample(5, 99.3, 0.05), sample(5, mean, 0.05), 0.95)
 
 
 # Solved for a power of 0.8 with scipy.stats.nct, as in Cohen's tables (1988).
@@ -79,9 +77,9 @@ def test_equal_results_are_no_difference_and_ask_for_no_seeds():
     assert verdict([99.1, 99.2, 99.3], [99.1, 99.3], 0.95) == "no difference"
 
 
-@pytest.mark.parametrize(("n", "second"), [(1, 99.5), (1, 99.6), (5, 99.6)])
-def test_without_a_spread_there_is_no_verdict(n, second):
-    assert "cannot tell" in verdict([99.5] * n, [second] * n, 0.95)
+def test_without_a_spread_there_is_no_verdict():
+    assert "cannot tell" in verdict([99.5], [99.5, 99.6], 0.95)
+    assert "cannot tell" in verdict([99.5] * 5, [99.6] * 5, 0.95)
 
 
 @pytest.fixture
@@ -156,7 +154,6 @@ def test_results_on_other_images_are_not_compared(call, other):
     assert_one_line(process, 1, "not the same data", "--holdout")
 
 
-@pytest.mark.parametrize("name", ["config.json", "seed-6/result.json"])
-def test_a_run_that_lacks_a_file_is_named(call, other, name):
-    (other / name).unlink()
-    assert_one_line(call("--compare", "copy", "other"), 1, "other", name)
+def test_a_run_that_lacks_a_result_is_named(call, other):
+    (other / "seed-6" / "result.json").unlink()
+    assert_one_line(call("--compare", "copy", "other"), 1, "other", "seed-6")

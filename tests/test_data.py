@@ -18,7 +18,6 @@ from mnist_cnn import (
     load_mnist,
     normalise,
     parse_arguments,
-    synthetic_digits,
     train_batches,
 )
 
@@ -29,36 +28,22 @@ def numbered_images(count):
     return numbers.byte().view(-1, 1, 1).expand(count, 28, 28), numbers
 
 
-def test_rotation_agrees_with_torchvision(datasets):
-    pixels = datasets[0][0][:200].unsqueeze(1).float() / 255
-    torch.manual_seed(0)
-    degrees = torch.cat([torch.empty(180).uniform_(-180, 180), torch.arange(-10, 10)])
-    rotated = affine(pixels, degrees, torch.zeros(200, 2))
-    for image, angle, mine in zip(pixels, degrees.tolist(), rotated, strict=True):
-        expected = functional.rotate(image, angle, InterpolationMode.BILINEAR)
-        torch.testing.assert_close(mine, expected, atol=1e-3, rtol=0)
-
-
 def test_a_shift_and_then_a_rotation_agree_with_torchvision(datasets):
     pixels = datasets[0][0][:200].unsqueeze(1).float() / 255
     torch.manual_seed(0)
     degrees = torch.empty(200).uniform_(-180, 180)
     shifts = torch.empty(200, 2).uniform_(-5, 5)
+    shifts[:100] = 0
     mine = affine(pixels, degrees, shifts)
-    for i, angle in enumerate(degrees.tolist()):
+    for image, angle, (x, y), changed in zip(
+        pixels, degrees.tolist(), shifts.tolist(), mine, strict=True
+    ):
         # torchvision rotates first (and clockwise), so the shift rotates with the image.
-        x, y = shifts[i].double().tolist()
         cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        rotated = [x * cosine + y * sine, y * cosine - x * sine]
-        unchanged = {"scale": 1.0, "shear": [0.0]}
-        expected = functional.affine(
-            pixels[i],
-            -angle,
-            rotated,
-            **unchanged,
-            interpolation=InterpolationMode.BILINEAR,
-        )
-        torch.testing.assert_close(mine[i], expected, atol=1e-3, rtol=0)
+        shift = [x * cosine + y * sine, y * cosine - x * sine]
+        bilinear = InterpolationMode.BILINEAR
+        expected = functional.affine(image, -angle, shift, 1.0, [0.0], bilinear)
+        torch.testing.assert_close(changed, expected, atol=1e-3, rtol=0)
 
 
 def test_rotation_fills_with_black_before_normalising():
@@ -68,15 +53,8 @@ def test_rotation_fills_with_black_before_normalising():
     assert pixels.min() == black
 
 
-def test_normalisation_uses_mean_01307_and_deviation_03081():
-    pixels = torch.tensor([0.0, 255.0])
-    expected = torch.tensor([-0.1307 / 0.3081, (1 - 0.1307) / 0.3081])
-    torch.testing.assert_close(normalise(pixels), expected)
-
-
-def test_real_training_images_have_zero_mean_and_unit_deviation(real_mnist):
-    images, _ = load_mnist(real_mnist, "train")
-    pixels = normalise(images.float())
+def test_training_images_have_zero_mean_and_unit_deviation(real_mnist):
+    pixels = normalise(load_mnist(real_mnist, "train")[0].float())
     assert pixels.mean().item() == pytest.approx(0, abs=1e-3)
     assert pixels.std().item() == pytest.approx(1, abs=1e-3)
 
@@ -89,47 +67,29 @@ def test_an_epoch_shows_each_image_once_with_its_label():
     assert labels.sort().values.tolist() == list(range(250))
 
 
-def test_each_image_is_rotated_by_its_own_angle(datasets):
-    image = datasets[0][0][:1].expand(32, 28, 28)
-    ((pixels, _),) = train_batches(image, torch.zeros(32), 32, 7, 0)
-    assert len(pixels.flatten(1).unique(dim=0)) == 32
-
-
-def test_angles_fill_the_range_of_the_flag():
+def test_each_image_has_its_own_angle_from_the_range_of_the_flag():
     # A dot 10 pixels right of the centre goes up and down by 10 sin(angle).
     dot = torch.zeros(2000, 28, 28, dtype=torch.uint8)
     dot[:, 13:15, 23:25] = 255
     ((pixels, _),) = train_batches(dot, torch.zeros(2000), 2000, 30, 0)
-    weight = pixels - pixels.min()
-    rows = (weight.sum(dim=(1, 3)) * torch.arange(28)).sum(1) / weight.sum(
-        dim=(1, 2, 3)
-    )
+    profile = (pixels - pixels.min()).sum(dim=(1, 3))
+    rows = profile @ torch.arange(28.0) / profile.sum(dim=1)
     degrees = torch.rad2deg(torch.asin((13.5 - rows) / 10))
     assert degrees.min().item() == pytest.approx(-30, abs=1)
     assert degrees.max().item() == pytest.approx(30, abs=1)
     assert degrees.mean().item() == pytest.approx(0, abs=1.2)  # 3 standard errors
 
 
-def test_shifts_fill_the_range_of_the_flag_on_both_axes():
+def test_each_image_has_its_own_shift_from_the_range_of_the_flag():
     dot = torch.zeros(2000, 28, 28, dtype=torch.uint8)
     dot[:, 13:15, 13:15] = 255
-    batches = train_batches(dot, torch.zeros(2000), 2000, 0, 3)
-    ((pixels, _),) = batches
-    weight = pixels - pixels.min()
+    ((pixels, _),) = train_batches(dot, torch.zeros(2000), 2000, 0, 3)
     for axis in (2, 3):
-        profile = weight.sum(dim=5 - axis)[:, 0]
-        shifted = (profile * torch.arange(28)).sum(1) / profile.sum(1) - 13.5
+        profile = (pixels - pixels.min()).sum(dim=(1, 5 - axis))
+        shifted = profile @ torch.arange(28.0) / profile.sum(dim=1) - 13.5
         assert shifted.min().item() == pytest.approx(-3, abs=0.1)
         assert shifted.max().item() == pytest.approx(3, abs=0.1)
         assert shifted.mean().item() == pytest.approx(0, abs=0.12)  # 3 standard errors
-
-
-def test_synthetic_digits_look_like_mnist_tensors():
-    images, labels = synthetic_digits(6000, seed=0)
-    assert images.shape == (6000, 28, 28)
-    assert images.dtype == torch.uint8
-    assert labels.unique().tolist() == list(range(10))
-    assert 0.05 < images.float().mean().item() / 255 < 0.25
 
 
 # Files
@@ -139,12 +99,11 @@ def idx_files(folder):
     return sorted((folder / "MNIST" / "raw").iterdir())
 
 
-def pack(folder, level=9):
+def pack(folder):
     """Pack the IDX files of a --data-dir as .gz."""
     for path in idx_files(folder):
-        path.with_name(f"{path.name}.gz").write_bytes(
-            gzip.compress(path.read_bytes(), level)
-        )
+        packed = gzip.compress(path.read_bytes(), 1)
+        path.with_name(f"{path.name}.gz").write_bytes(packed)
         path.unlink()
     return folder
 
@@ -156,7 +115,7 @@ def small(datasets, tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_idx_files_are_read_as_they_were_written(small, datasets, packed, no_network):
-    pack(small, level=1) if packed else None
+    pack(small) if packed else None
     before = {path: path.read_bytes() for path in idx_files(small)}
     for part, written in zip(("train", "t10k"), datasets, strict=True):
         images, labels = load_mnist(small, part)
@@ -165,15 +124,11 @@ def test_idx_files_are_read_as_they_were_written(small, datasets, packed, no_net
     assert {path: path.read_bytes() for path in idx_files(small)} == before
 
 
-def cut(content):
-    return content[:-100]
-
-
-def wrong_magic_number(content):
-    return b"\xff" * 4 + content[4:]
-
-
-HARMS = [cut, wrong_magic_number, lambda _: b"", lambda _: b"x"]
+HARMS = {
+    "cut": lambda content: content[:-100],
+    "wrong magic number": lambda content: b"\xff" * 4 + content[4:],
+    "empty": lambda _: b"",
+}
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -181,7 +136,7 @@ HARMS = [cut, wrong_magic_number, lambda _: b"", lambda _: b"x"]
 def test_a_damaged_file_is_named_and_left_alone(call, small, which, packed):
     path = idx_files(pack(small) if packed else small)[which]
     good = path.read_bytes()
-    for harm in HARMS:
+    for harm in HARMS.values():
         path.write_bytes(harm(good))
         assert_one_line(call("--data-dir", small), 1, path)
         assert path.read_bytes() == harm(good)
@@ -195,12 +150,11 @@ def test_a_missing_file_is_named_and_nothing_is_downloaded(call, small, which):
     assert len(idx_files(small)) == 3
 
 
-@pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("problem", ["size", "count", "label", "none"])
 def test_files_that_are_not_like_mnist_end_with_one_line(
-    call, tmp_path, datasets, which, problem
+    call, tmp_path, datasets, problem
 ):
-    images, labels = (part.clone() for part in datasets[which])
+    images, labels = (part.clone() for part in datasets[1])
     labels[7] = 10 if problem == "label" else labels[7]
     changed = {
         "size": (images[:, :27], labels),
@@ -208,10 +162,8 @@ def test_files_that_are_not_like_mnist_end_with_one_line(
         "label": (images, labels),
         "none": (images[:0], labels[:0]),
     }[problem]
-    pairs = list(datasets)
-    pairs[which] = changed
-    write_idx(tmp_path / "small", pairs)
-    assert_one_line(call("--data-dir", "small"), 1, ("train-", "t10k-")[which])
+    write_idx(tmp_path / "small", [datasets[0], changed])
+    assert_one_line(call("--data-dir", "small"), 1, "t10k-")
 
 
 def test_no_data_and_no_network_names_the_folder_and_the_way_out(call, no_network):

@@ -5,9 +5,10 @@ import itertools
 import random
 import re
 
+import numpy as np
 import pytest
 from conftest import assert_one_line
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 # Digits as strokes: points on a grid 10 wide and 15 high, in hexadecimal.
 ANGULAR = {
@@ -52,7 +53,7 @@ def ink(strokes, pen=22, height=280, left=120, top=100):
     """A picture of light strokes on black: pen and height in pixels."""
     picture = Image.new("L", SIZE)
     draw, scale = ImageDraw.Draw(picture), height / 14
-    for stroke in strokes.split(","):
+    for stroke in strokes.split(",") if strokes else []:
         points = [(int(x, 16) * scale, int(y, 16) * scale) for x, y in stroke.split()]
         points = [(left + x, top + y) for x, y in points]
         points = rounded(points) if strokes in ROUND.values() else points
@@ -62,32 +63,26 @@ def ink(strokes, pen=22, height=280, left=120, top=100):
     return picture
 
 
-def paper(light, other=None):
+def paper(light, right=None):
     """Paper of a grey value, or from one on the left to another on the right."""
-    slope = Image.linear_gradient("L").rotate(90).resize(SIZE)
-    other = light if other is None else other
-    return slope.point(lambda value: light + (other - light) * value / 255)
+    values = np.linspace(light, light if right is None else right, SIZE[0])
+    return Image.fromarray(np.tile(values.astype("uint8"), (SIZE[1], 1)))
 
 
-def shadow():
-    edge = Image.new("L", SIZE)
-    ImageDraw.Draw(edge).polygon([(0, 0), (240, 0), (140, 500), (0, 500)], 255)
-    edge = edge.filter(ImageFilter.GaussianBlur(10))
-    return Image.composite(paper(90), paper(200), edge)
+def shaded(light, shape, shade, blur):
+    """Paper with a blurred polygon of another grey value."""
+    mask = Image.new("L", SIZE)
+    ImageDraw.Draw(mask).polygon(shape, 255)
+    mask = mask.filter(ImageFilter.GaussianBlur(blur))
+    return Image.composite(paper(shade), paper(light), mask)
 
 
-def soft(light):
-    spot = paper(150)
-    ImageDraw.Draw(spot).ellipse((120, 150, 280, 350), light)
-    return photograph(
-        Image.new("L", SIZE), spot.filter(ImageFilter.GaussianBlur(25)), noise=3
-    )
-
-
-def lines():
-    picture = paper(215)
-    for y in range(60, 500, 125):
-        ImageDraw.Draw(picture).line([(0, y), (400, y)], 170, 3)
+def drawn_on(light, shapes, shade):
+    """Paper with lines or dots (left, top, right, bottom) of another grey value."""
+    picture = paper(light)
+    for shape in shapes:
+        ImageDraw.Draw(picture).ellipse(shape, shade)
+        ImageDraw.Draw(picture).line(shape, shade, 3)
     return picture
 
 
@@ -95,142 +90,135 @@ def photograph(mask, background, colour=20, noise=6):
     """Ink of a grey value on paper, a little blurred and noisy."""
     mask = mask.filter(ImageFilter.GaussianBlur(1))
     picture = Image.composite(Image.new("L", mask.size, colour), background, mask)
-    return ImageChops.add(picture, Image.effect_noise(mask.size, noise), 1, -128)
+    grain = np.random.default_rng(0).normal(0, noise, picture.size[::-1])
+    return Image.fromarray((picture + grain).clip(0, 255).astype("uint8"))
 
 
-def specks(mask):
-    picture, place = photograph(mask, paper(200)), random.Random(1)
-    for _ in range(25):
-        x, y, size = place.randrange(400), place.randrange(500), place.randrange(1, 5)
-        ImageDraw.Draw(picture).ellipse((x, y, x + 2 * size, y + 2 * size), 60)
-    return picture
-
-
-def transparent(strokes, colour):
+def transparent(mask, colour):
     picture = Image.new("RGB", SIZE, (colour,) * 3)
-    picture.putalpha(ink(strokes))
+    picture.putalpha(mask)
     return picture
 
 
-def turned_by_a_phone(strokes):
-    picture = photograph(ink(strokes), paper(150, 210)).rotate(90, expand=True)
+def turned_by_a_phone(picture):
     exif = Image.Exif()
     exif[0x112] = 6  # orientation: to be turned by a quarter, clockwise
-    picture.save(file := io.BytesIO(), "JPEG", exif=exif)
+    picture.rotate(90, expand=True).save(file := io.BytesIO(), "JPEG", exif=exif)
     return file.getvalue()
 
 
-KINDS = {
+place = random.Random(1)
+DOTS = [(place.randrange(400), place.randrange(500)) for _ in range(25)]
+BAND = [(0, 0), (240, 0), (140, 500), (0, 500)]
+SPOT = [(120, 150), (280, 150), (280, 350), (120, 350)]
+PAPERS = {
+    "white paper": paper(255),
+    "even light": paper(210),
+    "grey paper": paper(120),
+    "light from one side": paper(80, 230),
+    "a shadow across": shaded(200, BAND, 90, 10),
+    "a soft shadow": shaded(150, SPOT, 90, 25),
+    "the light of a lamp": shaded(120, SPOT, 190, 25),
+    "a dark corner": shaded(200, [(300, 500), (400, 500), (400, 390)], 60, 3),
+    "ruled paper": drawn_on(215, [(0, y, 400, y) for y in range(60, 500, 125)], 170),
+    "specks": drawn_on(200, [(x, y, x + 6, y + 6) for x, y in DOTS], 60),
+}
+OTHERS = {
     "dark on light": lambda digit: ImageOps.invert(ink(digit)),
     "light on dark": ink,
     "thick marker": lambda digit: photograph(ink(digit, 55, 250), paper(225)),
     "thin pen": lambda digit: photograph(ink(digit, 6), paper(225), colour=60),
-    "grey paper": lambda digit: photograph(ink(digit), paper(120)),
-    "even light": lambda digit: photograph(ink(digit), paper(210)),
-    "light from one side": lambda digit: photograph(ink(digit), paper(80, 230)),
-    "a shadow across": lambda digit: photograph(ink(digit), shadow()),
-    "ruled paper": lambda digit: photograph(ink(digit), lines()),
-    "EXIF 6": turned_by_a_phone,
-    "transparent, black ink": lambda digit: transparent(digit, 0),
-    "transparent, white ink": lambda digit: transparent(digit, 255),
+    "EXIF 6": lambda digit: turned_by_a_phone(photograph(ink(digit), paper(210))),
+    "transparent, black ink": lambda digit: transparent(ink(digit), 0),
+    "transparent, white ink": lambda digit: transparent(ink(digit), 255),
     "near the border": lambda digit: photograph(
         ink(digit, 18, 200, 12, 14), paper(190)
     ),
-    "specks": lambda digit: specks(ink(digit)),
     "3000 x 4000": lambda digit: photograph(ink(digit), paper(210)).resize(
         (3000, 4000)
     ),
-    "28 x 28": lambda digit: ink(digit, 34, 340, 90, 80).resize(
-        (28, 28), box=(0, 50, 400, 450)
-    ),
+    "28 x 28": lambda digit: ink(digit, 34, 340, 90, 80).resize((28, 28)),
 }
 
 
-def save(picture, path):
-    path.write_bytes(picture) if isinstance(picture, bytes) else picture.save(path)
-    return path
+def draw(kind, strokes):
+    if kind in PAPERS:
+        return photograph(ink(strokes), PAPERS[kind])
+    return OTHERS[kind](strokes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_nine_of_ten_digits_are_read(real_run, call, tmp_path, kind):
-    for hand, digits in (("angular", ANGULAR), ("round", ROUND)):
-        suffix = "jpg" if kind in ("EXIF 6", "3000 x 4000") else "png"
-        pictures = [
-            save(KINDS[kind](strokes), tmp_path / f"{hand}-{digit}.{suffix}")
-            for digit, strokes in digits.items()
-        ]
-        process = call("--evaluate", real_run / "final.pt", "--predict", *pictures)
-        assert process.returncode == 0, process.stderr
-        read = re.findall(r"-(\d)\.\w+: (\d) \(\d+\.\d%\)", process.stdout)
-        assert len(read) == 10
-        assert sum(drawn == seen for drawn, seen in read) >= 9, (hand, read)
+@pytest.fixture
+def predict(real_run, call, tmp_path):
+    """Read pictures, given as (name, picture or bytes), with the command."""
+
+    def predict_pictures(*pictures, flags=()):
+        paths = [tmp_path / name for name, _ in pictures]
+        for path, (_, picture) in zip(paths, pictures, strict=True):
+            if isinstance(picture, bytes):
+                path.write_bytes(picture)
+            else:
+                picture.save(path)
+        weights = real_run / "final.pt"
+        return call("--evaluate", weights, "--predict", *paths, *flags)
+
+    return predict_pictures
 
 
-def test_what_the_network_sees_is_shown(real_run, call, tmp_path):
+@pytest.mark.parametrize("kind", [*PAPERS, *OTHERS])
+def test_nine_of_ten_digits_are_read(predict, kind):
+    """Five digits in each of two handwritings."""
+    hands = {n: (ANGULAR, ROUND)[(n + len(kind)) % 2] for n in range(10)}
+    suffix = "jpg" if kind == "3000 x 4000" else "png"
+    pictures = [(f"{n}.{suffix}", draw(kind, hand[n])) for n, hand in hands.items()]
+    process = predict(*pictures)
+    assert process.returncode == 0, process.stderr
+    read = re.findall(r"(\d)\.\w+: (\d) \(\d+\.\d %\)", process.stdout)
+    assert len(read) == 10
+    assert sum(drawn == seen for drawn, seen in read) >= 9, read
+
+
+@pytest.mark.parametrize("kind", [*PAPERS, "transparent, black ink", "28 x 28"])
+def test_no_digit_is_printed_for_a_blank_page(predict, kind):
+    process = predict(("blank.png", draw(kind, "")))
+    assert_one_line(process, 1, "blank.png", "no digit")
+    assert process.stdout == ""
+
+
+def test_what_the_network_sees_is_shown(predict):
     """A zero in the middle: ink all around, none inside; two rows of pixels a line."""
-    path = save(KINDS["dark on light"](ANGULAR[0]), tmp_path / "zero.png")
-    process = call("--evaluate", real_run / "final.pt", "--predict", path)
+    process = predict(("zero.png", draw("dark on light", ANGULAR[0])))
     *shown, result = process.stdout.splitlines()
-    assert result.startswith(f"{path}: 0 (")
+    assert "zero.png: 0 (" in result
     assert [len(line) for line in shown] == [28] * 14
     assert shown[0].isspace() and shown[13].isspace()
     assert re.fullmatch(r" +\S+ +\S+ +", shown[7])
 
 
-def test_a_doubtful_digit_has_a_runner_up(real_run, call, tmp_path):
+def test_a_doubtful_digit_has_a_runner_up(predict):
     blob = Image.new("L", SIZE)
     ImageDraw.Draw(blob).polygon([(120, 90), (300, 120), (260, 400), (150, 380)], 255)
-    path = save(blob, tmp_path / "blob.png")
-    process = call("--evaluate", real_run / "final.pt", "--predict", path)
-    text = process.stdout.splitlines()[-1]
-    share = float(re.search(r": \d \((\d+\.\d)%\)", text)[1])
-    assert (", or " in text) == (share < 90)
+    text = predict(("blob.png", blob)).stdout.splitlines()[-1]
+    percent = float(re.search(r": \d \((\d+\.\d) %\)", text)[1])
+    assert (", or " in text) == (percent < 90)
 
 
-def test_a_thin_upright_line_is_a_one(real_run, call, tmp_path):
+def test_a_thin_upright_line_is_a_one(predict):
     picture = Image.new("L", (800, 600), 240)
     ImageDraw.Draw(picture).line((400, 100, 400, 500), 20, 4)
-    path = save(picture, tmp_path / "one.png")
-    process = call("--evaluate", real_run / "final.pt", "--predict", path)
-    assert f"{path}: 1 (" in process.stdout, process.stderr
+    assert "one.png: 1 (" in predict(("one.png", picture)).stdout
 
 
-BLANK = {
-    "white": lambda: paper(255),
-    "black": lambda: paper(0),
-    "noisy": lambda: photograph(Image.new("L", SIZE), paper(200), noise=12),
-    "light from one side": lambda: photograph(Image.new("L", SIZE), paper(60, 230)),
-    "a shadow": lambda: photograph(Image.new("L", SIZE), shadow()),
-    "a soft shadow": lambda: soft(60),
-    "the light of a lamp": lambda: soft(250),
-    "lines": lambda: photograph(Image.new("L", SIZE), lines()),
-    "specks": lambda: specks(Image.new("L", SIZE)),
-    "transparent": lambda: Image.new("RGBA", SIZE),
-    "one pixel": lambda: Image.new("L", (1, 1)),
-}
-
-
-@pytest.mark.parametrize("kind", BLANK)
-def test_no_digit_is_printed_for_a_blank_page(real_run, call, tmp_path, kind):
-    path = save(BLANK[kind](), tmp_path / "blank.png")
-    process = call("--evaluate", real_run / "final.pt", "--predict", path)
-    assert_one_line(process, 1, path, "no digit")
-    assert process.stdout == ""
-
-
-def test_what_is_no_picture_is_named_and_the_others_are_read(real_run, call, tmp_path):
-    good = save(ink(ANGULAR[7]), tmp_path / "good.png")
-    bad = [tmp_path / "missing.png", save(b"text", tmp_path / "text.png"), tmp_path]
-    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
-    bad.append(tmp_path / "cut.png")
-    weights = real_run / "final.pt"
-    process = call("--evaluate", weights, "--predict", *bad, good, "--tta")
+def test_what_is_no_picture_is_named_and_the_others_are_read(predict, tmp_path):
+    seven = ink(ANGULAR[7])
+    seven.save(tmp_path / "whole.png")
+    cut = (tmp_path / "whole.png").read_bytes()[:200]
+    pictures = [("text.png", b"text"), ("cut.png", cut), ("seven.png", seven)]
+    process = predict(*pictures, flags=[tmp_path / "missing.png", tmp_path, "--tta"])
     assert process.returncode == 1
-    errors = process.stderr.splitlines()
-    assert len(errors) == len(bad)
-    for path, error in zip(bad, errors, strict=True):
+    bad = [tmp_path / name for name in ("text.png", "cut.png", "missing.png", ".")]
+    for path, error in zip(bad, process.stderr.splitlines(), strict=True):
         assert error.startswith(f"mnist_cnn.py: error: {path}: ")
-    assert f"{good}: 7 (" in process.stdout
+    assert "seven.png: 7 (" in process.stdout
 
 
 def test_predicting_without_weights_is_refused(call):

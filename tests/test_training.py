@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same_run, assert_same_weights, result, tensors
+from conftest import assert_same_run, result, tensors
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -41,13 +41,12 @@ def test_the_learning_rate_of_each_batch_is_that_of_one_cycle_lr(train, steps):
     assert [float(row.split(",")[1]) for row in rows] == rates[9::10]
 
 
-def test_schedule_flags_shape_the_curve(train, steps):
+def test_flags_shape_the_schedule(train, steps):
     flags = ["--lr", 0.1, "--pct-start", 0.5, "--div-factor", 4]
     train(*flags, "--final-div-factor", 50, "--epochs", 2, "--batch-size", 100)
     rates = [step["lr"] for step in steps]
-    assert rates[0] == pytest.approx(0.1 / 4)
     assert rates[5] == max(rates) == pytest.approx(0.1)
-    assert rates[-1] == pytest.approx(0.1 / 4 / 50)
+    assert [rates[0], rates[-1]] == pytest.approx([0.1 / 4, 0.1 / 4 / 50])
 
 
 def test_optimizer_flags_hold_in_every_step(train, steps):
@@ -63,14 +62,10 @@ def test_any_share_of_warm_up_works_in_a_run_of_five_batches(train, steps, pct_s
 
 
 def test_the_same_command_gives_the_same_weights(train):
-    assert_same_run(train("--epochs", 2), train("--epochs", 2))
-
-
-def test_an_epoch_does_not_depend_on_how_the_one_before_drew(train):
-    """The random state of an epoch comes from its seed and number alone."""
-    short, long = train("--epochs", 1), train("--epochs", 2)
-    assert result(short)["eval_loss"] != result(long)["eval_loss"]
-    assert_same_weights(train("--epochs", 2), long)
+    """Also when another run came before it: the random state is the seed's alone."""
+    first = train("--epochs", 2)
+    train("--epochs", 1)
+    assert_same_run(first, train("--epochs", 2))
 
 
 @pytest.mark.parametrize(
@@ -89,10 +84,8 @@ def test_bf16_computes_in_less_precision_and_learns_nearly_the_same(train):
     assert result(fp32)["eval_loss"] == pytest.approx(
         result(bf16)["eval_loss"], rel=0.1
     )
-    assert {tensor.dtype for tensor in tensors(bf16 / "final.pt").values()} == {
-        torch.float32,
-        torch.int64,
-    }
+    dtypes = {tensor.dtype for tensor in tensors(bf16 / "final.pt").values()}
+    assert dtypes == {torch.float32, torch.int64}
 
 
 def test_fp32_does_not_use_tf32(train):
