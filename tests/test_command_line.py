@@ -12,8 +12,6 @@ import sys
 import pytest
 from conftest import ROW, SCRIPT, assert_one_line, result, rows, run, start
 
-import mnist_cnn
-
 # What it prints
 
 
@@ -71,13 +69,6 @@ def test_an_ascii_terminal_gets_the_whole_result(trained):
 
 
 # Settings
-
-
-def test_a_recipe_sets_what_is_not_given():
-    best = {"lr": 0.2, "rotation": 10, "shift": 1.5, "weight_decay": 5e-4, "dropout": 0}
-    assert best.items() <= vars(mnist_cnn.parse_arguments(["--recipe=best"])).items()
-    args = mnist_cnn.parse_arguments(["--recipe=quick", "--epochs=2"])
-    assert (args.epochs, args.batch_size, args.lr) == (2, 64, 0.15)
 
 
 def test_an_explicit_flag_overrides_the_recipe(call, data):

@@ -140,12 +140,13 @@ def test_runs_killed_at_a_random_moment_end_like_one_that_was_not(call, data, tm
     moments = random.Random(0)
     folders = ["first", "second"]  # side by side, to save time
     processes = [start(*flags, folder, cwd=tmp_path) for folder in folders]
-    for process, folder in zip(processes, folders, strict=True):
+    for process in processes:
         while not process.stdout.readline().startswith("   epoch"):
             assert process.poll() is None  # from that line on it trains and writes
         time.sleep(moments.uniform(0, 0.4))
         process.kill()
         process.communicate(timeout=60)
+    for folder in folders:
         assert call("--resume", folder).returncode == 0
         assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / folder / "seed-1")
         assert not list((tmp_path / folder).rglob("*.new"))
@@ -184,7 +185,7 @@ def test_resuming_can_add_seeds_but_not_take_them_away(copy, call):
 def test_resuming_with_another_script_is_refused(copy, call, monkeypatch):
     monkeypatch.setattr(mnist_cnn, "SOURCE", mnist_cnn.SOURCE + b"# changed")
     process = call("--resume", "copy")
-    assert_one_line(process, 1, "copy has another script", "copy/mnist_cnn.py")
+    assert_one_line(process, 1, "copy has another script", "mnist_cnn.py")
 
 
 def test_resuming_on_other_data_is_refused(copy, call, datasets, tmp_path):
@@ -194,23 +195,11 @@ def test_resuming_on_other_data_is_refused(copy, call, datasets, tmp_path):
     assert_one_line(process, 1, "other images", "copy", "--data-dir")
 
 
-@pytest.fixture
-def set_threads():
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
-def test_a_resumed_run_has_the_number_of_threads_it_had(
-    data, call, tmp_path, set_threads
-):
-    set_threads(2)
-    call("--data-dir", data, "--device", "cpu", "--epochs", 2, "--out", "whole")
-    set_threads(1)
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    unfinish(tmp_path / "resumed" / "seed-1", 0)
-    assert call("--resume", "resumed").returncode == 0
-    assert torch.get_num_threads() == 2
-    assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / "resumed" / "seed-1")
+def test_a_resumed_run_has_the_number_of_threads_it_had(copy, call, request):
+    request.addfinalizer(lambda: torch.set_num_threads(1))
+    torch.set_num_threads(2)
+    call("--resume", "copy")
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="moves a folder that is in use")
@@ -283,10 +272,6 @@ def test_a_damaged_file_ends_with_one_line_and_no_table(call, copy, name, conten
     cure = "without it --resume trains" if "seed" in name else "cannot"
     assert_one_line(process, 1, "copy" if cure == "cannot" else name, cure)
     assert "accuracy" not in process.stdout
-
-
-def test_a_folder_that_is_no_run_cannot_be_resumed(call):
-    assert_one_line(call("--resume", "none"), 1, os.path.join("none", "config.json"))
 
 
 # Disks that are full and pictures that cannot be drawn
