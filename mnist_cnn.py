@@ -17,7 +17,6 @@ import json
 import math
 import os
 import statistics
-import struct
 import sys
 import tempfile
 import time
@@ -73,32 +72,32 @@ def read_idx(path):
         content = file.read()
         if content[:3] != b"\0\0\x08":
             raise ValueError("not an IDX file of bytes")
-        shape = struct.unpack_from(f">{content[3]}I", content, 4)
-        pixels = bytearray(content[4 + 4 * content[3] :])
-        return torch.frombuffer(pixels, dtype=torch.uint8).view(shape)
+        shape = np.frombuffer(content, ">u4", content[3], offset=4)
+        pixels = np.frombuffer(content, "u1", offset=4 + 4 * len(shape))
+        return torch.tensor(pixels.reshape(shape))
 
 
 def load_mnist(data_dir, part):
     """Return images and labels of "train" or "t10k", the test set."""
     raw = Path(data_dir, "MNIST", "raw")
     if not any(raw.glob("*-ubyte*")):
-        from torchvision.datasets import MNIST  # here, as it takes a second
+        from torchvision.datasets import MNIST  # takes a second
 
         with exit_on_error(f"no MNIST in {raw}, no download (try --synthetic)"):
             raw.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
                 MNIST(folder, download=True)
-                with suppress(OSError):  # another process was faster
+                with suppress(OSError):  # another run was faster
                     Path(folder, "MNIST", "raw").rename(raw)
     images = read_idx(raw / f"{part}-images-idx3-ubyte")
     labels = read_idx(raw / f"{part}-labels-idx1-ubyte").long()
-    if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+    if images.shape != (len(labels) or 1, 28, 28) or labels.max() > 9:
         fail(f"{raw}/{part}-*: needs a label from 0 to 9 for each 28x28 image")
     return images, labels
 
 
 def load_datasets(args):
-    """Return the training set, and the test set or --holdout's validation set."""
+    """Return training set and test set, or validation set with --holdout."""
     if args.synthetic:
         train_set, test_set = synthetic_digits(12_000, 0), synthetic_digits(2_000, 1)
     else:
@@ -108,19 +107,20 @@ def load_datasets(args):
     if count < 1:
         fail(f"--holdout {args.holdout} leaves nothing to train on", 2)
     if args.holdout:
-        test_set = [tensor[count:] for tensor in train_set]
-        train_set = [tensor[:count] for tensor in train_set]
+        test_set = [x[count:] for x in train_set]
+        train_set = [x[:count] for x in train_set]
     limit = args.batch_size if args.dry_run else None
-    return [[x[:limit].to(args.device) for x in pair] for pair in (train_set, test_set)]
+    pairs = train_set, test_set
+    return [[x[:limit].to(args.device) for x in pair] for pair in pairs]
 
 
 def affine(images, degrees, shifts):
-    """Return float images (N, 1, 28, 28) shifted, then rotated about their centre.
+    """Return images (N, 1, 28, 28) shifted, then rotated about their centre.
 
     ``degrees`` (N,): counter-clockwise; ``shifts`` (N, 2): pixels right and down.
     """
     cosine, sine = degrees.deg2rad().cos(), degrees.deg2rad().sin()
-    # Output at p is the input at rotation * p - shift, with p from -1 to 1.
+    # Output at p is the input at rotation * p - shift, p from -1 to 1.
     x, y = (-shifts / 14).unbind(dim=1)
     matrix = torch.stack((cosine, -sine, x, sine, cosine, y), dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
@@ -128,7 +128,7 @@ def affine(images, degrees, shifts):
 
 
 def normalise(images):
-    """Return pixels of 0 to 255 with mean 0 and standard deviation 1."""
+    """Return pixels with mean 0 and standard deviation 1."""
     return (images / 255 - MEAN) / STD
 
 
@@ -138,7 +138,7 @@ def train_batches(images, labels, batch_size, rotation, shift):
     ``rotation`` (degrees) and ``shift`` (pixels) are the largest either way.
     """
     for index in torch.randperm(len(images), device=images.device).split(batch_size):
-        batch = images[index].unsqueeze(1).float()
+        batch = images[index, None].float()
         if rotation or shift:
             degrees = batch.new_empty(len(index)).uniform_(-rotation, rotation)
             shifts = batch.new_empty(len(index), 2).uniform_(-shift, shift)
@@ -181,29 +181,29 @@ class Net(nn.Module):
         self.conv6 = nn.Conv2d(c16, c16, 3, padding=1)
         self.norm6 = nn.BatchNorm2d(c16)
         self.classifier = nn.Conv2d(c16, 10, 1)
-        self.dropout = Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.pool = nn.MaxPool2d(2)
         self.average = nn.AdaptiveAvgPool2d(1)  # Network in Network (Lin 2013)
 
     def forward(self, x):
         # the shape with width 1, and the receptive field in pixels
-        x = self.dropout(self.norm1(F.relu_(self.conv1(x))))  # 10 x 28 x 28, 3
-        x = self.dropout(self.norm2(F.relu_(self.conv2(x))))  # 16 x 28 x 28, 5
-        x = F.relu_(self.transition1(self.pool(x)))  # 10 x 14 x 14, 6
-        x = self.dropout(self.norm3(F.relu_(self.conv3(x))))  # 16 x 14 x 14, 10
-        x = self.dropout(self.norm4(F.relu_(self.conv4(x))))  # 16 x 14 x 14, 14
-        x = F.relu_(self.transition2(self.pool(x)))  # 10 x 7 x 7, 16
-        x = self.dropout(self.norm5(F.relu_(self.conv5(x))))  # 16 x 7 x 7, 24
-        x = self.dropout(self.norm6(F.relu_(self.conv6(x))))  # 16 x 7 x 7, 32
-        x = self.average(self.classifier(x))  # 10 x 1 x 1, all
+        x = self.drop(self.norm1(F.relu_(self.conv1(x))))  # 10x28x28, 3
+        x = self.drop(self.norm2(F.relu_(self.conv2(x))))  # 16x28x28, 5
+        x = F.relu_(self.transition1(self.pool(x)))  # 10x14x14, 6
+        x = self.drop(self.norm3(F.relu_(self.conv3(x))))  # 16x14x14, 10
+        x = self.drop(self.norm4(F.relu_(self.conv4(x))))  # 16x14x14, 14
+        x = F.relu_(self.transition2(self.pool(x)))  # 10x7x7, 16
+        x = self.drop(self.norm5(F.relu_(self.conv5(x))))  # 16x7x7, 24
+        x = self.drop(self.norm6(F.relu_(self.conv6(x))))  # 16x7x7, 32
+        x = self.average(self.classifier(x))  # 10x1x1, all
         return F.log_softmax(x.flatten(1).float(), dim=1)
 
 
 def make_model(width, dropout, device, precision):
-    """Return a new ``Net``, set up for the device and the precision."""
+    """Return a new ``Net`` for a device and a precision."""
     model = Net(width, dropout)
     device = torch.device(device)
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # on by default
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if precision == "bf16":
         autocast = torch.autocast(device.type, torch.bfloat16)
         model.forward = autocast(model.forward)
@@ -219,7 +219,7 @@ def make_model(width, dropout, device, precision):
 
 def load_model(path, device="cpu", precision="fp32"):
     """Return the model whose weights, and so its width, are in a file."""
-    with exit_on_error(f"cannot use {path} as a final.pt"):
+    with exit_on_error(f"{path} is no final.pt"):
         weights = torch.load(path, "cpu", weights_only=True)
         width = len(dict(weights)["conv1.bias"]) // 10 or 1
         model = make_model(width, 0, device, precision)
@@ -228,12 +228,12 @@ def load_model(path, device="cpu", precision="fp32"):
 
 
 # ---- Training and testing ----
-# A row of metrics.csv: accuracies in %; eval is the test or the validation set.
+# of metrics.csv: accuracies in %; eval: test or validation set
 COLUMNS = "epoch lr train_loss train_accuracy eval_loss eval_accuracy seconds"
 
 
 def make_training(args, seed, total_steps):
-    """Return a new model, its optimizer, and its scheduler of each batch."""
+    """Return a new model, its optimizer and its scheduler."""
     torch.manual_seed(seed * 10_000)
     torch.backends.cudnn.deterministic = True  # the seed fixes the weights
     model = make_model(args.width, args.dropout, args.device, args.precision)
@@ -248,7 +248,7 @@ def make_training(args, seed, total_steps):
         optimizer,
         args.lr,
         total_steps,
-        # OneCycleLR divides by (steps of the warm-up - 1).
+        # OneCycleLR divides by (warm-up steps - 1).
         pct_start=args.pct_start if args.pct_start * total_steps != 1 else 0.0,
         div_factor=args.div_factor,
         final_div_factor=args.final_div_factor,
@@ -284,12 +284,12 @@ def train_epoch(model, optimizer, scheduler, batches, steps):
 def predict(model, images, tta=False):
     """Return log-probabilities (N, 10) for uint8 images (N, 28, 28)."""
     model.eval()
-    if tta:  # test-time augmentation: the mean over shifts by -1, 0 and 1 pixel
+    if tta:  # test-time augmentation: nine shifts
         padded = F.pad(images, (1, 1, 1, 1))
         shifts = [padded[:, y : y + 28, x : x + 28] for y in range(3) for x in range(3)]
         outputs = torch.stack([predict(model, shifted) for shifted in shifts])
         return outputs.logsumexp(dim=0) - math.log(9)
-    batches = images.unsqueeze(1).split(1000)
+    batches = images[:, None].split(1000)
     return torch.cat([model(normalise(batch)) for batch in batches])
 
 
@@ -308,11 +308,11 @@ def train_seed(args, seed, train_set, test_set, folder):
     model, history = training[0], []
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
-        with exit_on_error(f"cannot use {checkpoint} (delete it to restart the seed)"):
+        with exit_on_error(f"cannot use {checkpoint} (delete it to start again)"):
             states, history = torch.load(checkpoint, "cpu", weights_only=True)
             for part, state in zip(training, states, strict=True):
                 part.load_state_dict(state)
-        save(folder / "metrics.csv", history)  # a stop may have come before it
+        save(folder / "metrics.csv", history)  # a stop may precede it
     print(f"Seed {seed}")
     print(*(f"{name:>8}" for name in COLUMNS.split()))
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
@@ -322,11 +322,13 @@ def train_seed(args, seed, train_set, test_set, folder):
         row = [epoch, *train_epoch(*training, batches, steps)]
         row += loss_and_accuracy(predict(model, images), labels)
         row += [time.perf_counter() - start]
-        history.append(row := dict(zip(COLUMNS.split(), row, strict=True)))
+        row = dict(zip(COLUMNS.split(), row, strict=True))
+        history.append(row)
         if not math.isfinite(row["train_loss"] + row["eval_loss"]):
             print(f"Diverged: the loss is not finite in epoch {epoch}")
             return save(folder / "result.json", {"diverged_in_epoch": epoch})
-        save(checkpoint, ([part.state_dict() for part in training], history))
+        states = [part.state_dict() for part in training]
+        save(checkpoint, (states, history))
         save(folder / "metrics.csv", history)
         print(*(f"{value:{max(8, len(name))}.5g}" for name, value in row.items()))
     output = predict(model, images, args.tta)
@@ -350,9 +352,9 @@ def save(path, content):
     elif path.suffix == ".csv":
         rows = [content[0], *(row.values() for row in content)]
         content = "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
-    unfinished = Path(f"{path}.new")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    new = Path(f"{path}.new")
+    new.write_bytes(content)
+    new.replace(path)
 
 
 def draw_report(path, args, history, images, labels, output):
@@ -368,8 +370,8 @@ def draw_report(path, args, history, images, labels, output):
     loss, error, matrix, mistakes = axes.values()
 
     epochs = [row["epoch"] for row in history]
-    eval_set = "validation set" if args.holdout else "test set"
-    for name, label in (("train", "training set"), ("eval", eval_set)):
+    eval_set = "validation" if args.holdout else "test"
+    for name, label in (("train", "training"), ("eval", eval_set)):
         losses = [row[f"{name}_loss"] for row in history]
         errors = [100 - row[f"{name}_accuracy"] for row in history]
         loss.plot(epochs, losses, ".-", label=label)
@@ -399,38 +401,39 @@ def draw_report(path, args, history, images, labels, output):
     save(path, buffer.getvalue())
 
 
-def student_t(freedom, confidence=0.95):
-    """Return the two-sided critical value of Student's t distribution."""
+def student_t(freedom, level=0.95):
+    """Return Student's t for a two-sided confidence level."""
     # Over angle = arctan(t / sqrt(freedom)), its density is cos^(freedom - 1).
     angle = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)
     mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
-    index = torch.searchsorted(mass, confidence * mass[-1])
+    index = torch.searchsorted(mass, level * mass[-1])
     return freedom**0.5 * angle[index + 1].tan().item()
 
 
 def interval(values):
     """Return low, mean and high of the 95 % confidence interval."""
     n, mean = len(values), statistics.mean(values)
-    half_width = student_t(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0
-    return mean - half_width, mean, mean + half_width
+    half = student_t(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0
+    return mean - half, mean, mean + half
 
 
-def verdict(first, second, confidence):
+def verdict(first, second, level):
     """Say how the second mean differs, or how many seeds would tell."""
     n, m = len(first), len(second)
     if min(n, m) == 1 or len({*first}) == len({*second}) == 1:
-        return "cannot tell: no spread between seeds"
-    a, b = statistics.variance(first) / n, statistics.variance(second) / m
+        return "cannot tell: too few seeds for a spread"
+    a = statistics.variance(first) / n  # squared standard errors
+    b = statistics.variance(second) / m
     difference = statistics.mean(second) - statistics.mean(first)
     if abs(difference) < 1e-9:
         return "no difference"
-    # Welch (1947); seeds for a power of 80 %, whose quantile is 0.84: Guenther (1981)
+    # Welch (1947); seeds for a power of 80 % (z = 0.84): Guenther (1981)
     freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
-    half_width = (a + b) ** 0.5 * student_t(freedom, confidence)
-    text = f"{difference:+.3f} ± {half_width:.3f}  "
-    if abs(difference) > half_width:
+    half = (a + b) ** 0.5 * student_t(freedom, level)
+    text = f"{difference:+.3f} ± {half:.3f}  "
+    if abs(difference) > half:
         return text + ("better" if difference > 0 else "worse")
-    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     seeds = (z + 0.8416) ** 2 * (n * a + m * b) / difference**2 + z**2 / 4
     seeds = max(math.ceil(seeds), min(n, m) + 1)  # more than did not tell
     return f"{text}cannot tell; about {seeds:,} seeds each would"
@@ -438,8 +441,8 @@ def verdict(first, second, confidence):
 
 # ---- Jobs: train, evaluate, predict, compare ----
 def open_folder(folder, args, datasets):
-    """Make a run's folder, or check that a resumed one fits script and data."""
-    tensors = (tensor.cpu().numpy() for pair in datasets for tensor in pair)
+    """Make the folder of a run, or check that of a resumed one."""
+    tensors = (x.cpu().numpy() for pair in datasets for x in pair)
     config = vars(args) | {
         "data_dir": os.path.abspath(args.data_dir),
         "data": zlib.crc32(b"".join(tensors)),
@@ -465,7 +468,7 @@ def open_folder(folder, args, datasets):
 
 
 def train(args):
-    """Train the models of --runs seeds and print their mean accuracy."""
+    """Train --runs models and print their mean accuracy."""
     with suppress(ImportError):
         from torchsummary import summary
 
@@ -479,12 +482,11 @@ def train(args):
             train_seed(args, seed, *datasets, folder / f"seed-{seed}")
     (accuracies,) = compare([str(folder)])
     if diverged := args.runs - len(accuracies):
-        fail(f"{diverged} of {args.runs} seeds diverged and are not in the mean")
+        fail(f"{diverged} of {args.runs} seeds diverged: not in the mean")
 
 
-def evaluate(args):
-    """Test the weights in a file."""
-    model = load_model(args.evaluate, args.device, args.precision)
+def evaluate(args, model):
+    """Print loss and accuracy on the test set."""
     images, labels = load_datasets(args)[1]
     loss, accuracy = loss_and_accuracy(predict(model, images, args.tta), labels)
     print(f"Test loss {loss:.4f}, accuracy {accuracy:.2f} %")
@@ -498,8 +500,8 @@ def read_picture(path):
     grey.paste(picture, mask=picture)
     near, far = (grey.filter(ImageFilter.GaussianBlur(radius)) for radius in (3, 25))
     grey, near, far = torch.tensor(np.stack([grey, near, far])).float().split(1)
-    # Ink differs from what surrounds it, in any light, on any paper.
-    ink = far - grey if (far - grey).max() > (grey - far).max() else grey - far
+    # Ink differs from its surroundings, in any light.
+    ink = max(far - grey, grey - far, key=torch.max)
     ink = F.threshold(ink, max(40, 0.4 * ink.max().item()), 0)
     # Connected ink takes its largest number, 1e6 at the picture's edge.
     regions = torch.arange(1.0, 1 + ink.numel()).view(ink.shape)[:, 1:-1, 1:-1]
@@ -510,19 +512,16 @@ def read_picture(path):
     ink = ink * (regions == sizes.argmax())
     sharpness = ((near - grey) * ink.sign()).abs().max()  # low: a shadow
     if sizes.max() < 40 or sharpness < 0.26 * ink.max():
-        raise ValueError("no digit on it, at a distance from its edges")
-    points = ink[0].nonzero().flip(1).float()  # (N, 2): x, y
-    centre = points.mean(dim=0)
-    # MNIST: 20 of 28 pixels, the centre of mass in the middle
-    half = 0.7 * (points.amax(dim=0) - points.amin(dim=0)).max() + 1
-    box = torch.cat([centre - half, centre + half]).tolist()
+        raise ValueError("no sharp digit clear of its edges")
+    y, x = ink[0].nonzero().numpy().T
+    half = 0.7 * max(np.ptp(x), np.ptp(y)) + 1  # 20 of 28 pixels, as in MNIST
+    box = x.mean() - half, y.mean() - half, x.mean() + half, y.mean() + half
     picture = Image.fromarray(ink[0].byte().numpy()).crop(box).resize((28, 28))
-    return torch.tensor(np.stack([ImageOps.autocontrast(picture)]))
+    return torch.tensor(np.array(ImageOps.autocontrast(picture)))[None]
 
 
-def predict_pictures(args):
+def predict_pictures(args, model):
     """Print the digit in each picture, below what the network sees."""
-    model = load_model(args.evaluate, args.device, args.precision)
     failed = len(args.predict)
     for path in args.predict:
         with suppress(SystemExit), exit_on_error(path):  # and read the next
@@ -538,7 +537,7 @@ def predict_pictures(args):
 
 
 def read_run(folder):
-    """Return the settings of a run, and the accuracies of its seeds."""
+    """Return a run's settings and its seeds' accuracies."""
     with exit_on_error(f"cannot use {folder}"):
         config = json.loads(Path(folder, "config.json").read_text())
         seeds = range(config["seed"], config["seed"] + config["runs"])
@@ -556,12 +555,12 @@ def read_run(folder):
 def compare(folders):
     """Print how mean accuracies differ from the first; return them all."""
     configs, runs = zip(*map(read_run, folders))
-    if any(config.get("data") != configs[0].get("data") for config in configs):
+    if len({config.get("data") for config in configs}) > 1:
         fail("cannot compare: not the same data and --holdout")
     intervals = [interval(values) for values in runs]
     lowest, highest = min(intervals)[0], max(high for _, _, high in intervals)
-    scale = 23 / (highest - lowest or 1)  # characters a percentage point
-    confidence = 1 - 0.05 / max(1, len(runs) - 1)  # Bonferroni's correction
+    scale = 23 / (highest - lowest or 1)  # characters per point
+    level = 1 - 0.05 / max(1, len(runs) - 1)  # Bonferroni's correction
     kind = "validation" if configs[0].get("holdout") else "test"
     width = max(map(len, folders))
     print(f"{'run':{width}}    n  {kind} accuracy, %; difference from the first")
@@ -569,24 +568,26 @@ def compare(folders):
         left, middle, right = (round((end - lowest) * scale) for end in ends)
         strip = " " * left + "-" * (middle - left) + "o" + "-" * (right - middle)
         spread = f" ± {ends[2] - ends[1]:.2f}" if len(values) > 1 else ""
-        words = verdict(runs[0], values, confidence) if values is not runs[0] else ""
+        words = ""
+        if values is not runs[0]:
+            words = verdict(runs[0], values, level)
         if diverged := config["runs"] - len(values):
             words += f"  {diverged} of {config['runs']} diverged"
         row = f"{len(values):4}  {ends[1]:.2f}{spread:7} |{strip:24}|  {words}"
         print(f"{folder:{width}} {row}".rstrip())
-    print(f"Confidence: 95 % of a mean, {100 * confidence:.4g} % of a difference")
+    print(f"Confidence: 95 % of a mean, {100 * level:.4g} % of a difference")
     return runs
 
 
 # ---- Command line ----
-# The flags that choose another job than training, and what goes with them.
+# The flags of jobs other than training, and those that go with them.
 JOBS = {
     "--compare": [],
     "--predict": ["--evaluate", "--tta", "--device", "--precision"],
     "--evaluate": ["--tta", "--device", "--precision", "--data-dir", "--synthetic"],
     "--resume": ["--runs", "--device", "--data-dir"],
 }
-# What the other recipes change in the defaults.
+# What the recipes change.
 BETTER = {"weight_decay": 5e-4, "dropout": 0.0}
 BEST = {"lr": 0.2, "rotation": 10.0, "shift": 1.5}
 QUICK = {"epochs": 6, "batch_size": 64, "lr": 0.15, "rotation": 5.0, "shift": 0.5}
@@ -594,7 +595,7 @@ RECIPES = {"reference": {}, "best": BETTER | BEST, "quick": BETTER | QUICK}
 
 
 def number(kind, low, below):
-    """Return a type for argparse: numbers with low <= number < below."""
+    """Return a type for argparse: low <= number < below."""
 
     def parse(text):
         if low <= (value := kind(text)) < below:
@@ -620,9 +621,9 @@ def make_parser():
     add("--recipe", choices=RECIPES, default="reference", help="sets the defaults")
     flag("--epochs", number(int, 1, 10_000), 19, "passes over the training set")
     flag("--batch-size", count, 128, "images in a training batch")
-    flag("--lr", positive, 0.015, "maximum learning rate of OneCycleLR")
-    flag("--momentum", share, 0.9, "momentum of SGD, not cycled")
-    flag("--weight-decay", positive, 1e-4, "L2 penalty on all parameters")
+    flag("--lr", positive, 0.015, "maximum learning rate")
+    flag("--momentum", share, 0.9, "momentum of SGD")
+    flag("--weight-decay", positive, 1e-4, "L2 penalty")
     flag("--width", number(int, 1, 100), 1, "multiplies the channels")
     flag("--dropout", share, 0.05, "dropout probability")
     flag("--rotation", size, 7.0, "maximum random rotation, degrees")
@@ -631,27 +632,27 @@ def make_parser():
     flag("--div-factor", ratio, 10.0, "maximum / initial learning rate")
     flag("--final-div-factor", ratio, 100.0, "initial / final learning rate")
     flag("--seed", natural, 1, "seed of the first model")
-    flag("--runs", count, 1, "models to train, seeds from --seed up")
-    flag("--holdout", natural, 0, "validate on the last N training images")
+    flag("--runs", count, 1, "models to train, from --seed up")
+    flag("--holdout", natural, 0, "validate on the last N images")
     flag("--device", str, "auto", "cpu, cuda, cuda:1, mps, ...")
     flag("--data-dir", str, "data", "has MNIST/raw, or gets it")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     add("--tta", action="store_true", help="average nine shifts of an image")
     add("--synthetic", action="store_true", help="drawn digits, no download")
     add("--dry-run", action="store_true", help="one batch; files only with --out")
-    add("--out", metavar="DIR", help="new folder for the output files")
-    add("--resume", metavar="RUN", help="continue the run in a folder")
-    add("--evaluate", metavar="FILE", help="test the weights in a file")
+    add("--out", metavar="DIR", help="folder to make for the output")
+    add("--resume", metavar="RUN", help="continue a run")
+    add("--evaluate", metavar="FILE", help="test saved weights")
     add("--predict", metavar="IMAGE", nargs="+", help="read digits in pictures")
     add("--compare", metavar="RUN", nargs="+", help="compare finished runs")
     return parser
 
 
-def parse_arguments(arguments):
+def parse_arguments(argv):
     """Return the settings: a recipe's or a resumed run's where not given."""
     parser = make_parser()
-    args = parser.parse_args(arguments)
-    flags = [word.split("=")[0] for word in arguments if word.startswith("--")]
+    args = parser.parse_args(argv)
+    flags = [word.split("=")[0] for word in argv if word.startswith("--")]
     job = next((job for job in JOBS if job in flags), None)
     for flag in flags:
         if job and flag not in (job, *JOBS[job]):
@@ -659,17 +660,17 @@ def parse_arguments(arguments):
     if args.predict and not args.evaluate:
         parser.error("--predict needs --evaluate FILE")
     parser.set_defaults(**RECIPES[args.recipe])
-    if args.resume:
+    if args.resume is not None:
         with exit_on_error(f"cannot resume {args.resume}"):
             config = json.loads(Path(args.resume, "config.json").read_text())
             torch.set_num_threads(config["threads"])  # others round differently
             parser.set_defaults(**config)
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
-def main(arguments):
+def main(argv):
     """Choose the device and the job."""
-    args = parse_arguments(arguments)
+    args = parse_arguments(argv)
     if args.compare:
         return compare(args.compare)
     if args.device == "auto":
@@ -677,10 +678,10 @@ def main(arguments):
         args.device = torch.accelerator.current_accelerator().type if found else "cpu"
     with exit_on_error(f"--device {args.device} does not work (cpu does)", 2):
         torch.ones(1, device=args.device).add(1).item()
-    if args.predict:
-        return predict_pictures(args)
-    if args.evaluate:
-        return evaluate(args)
+    if args.evaluate is not None:
+        model = load_model(args.evaluate, args.device, args.precision)
+        job = predict_pictures if args.predict else evaluate
+        return job(args, model)
     with tempfile.TemporaryDirectory() as folder:
         if args.dry_run:
             args.epochs, args.out = 1, args.out or f"{folder}/run"

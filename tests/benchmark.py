@@ -44,7 +44,7 @@ def usual_loop(args, workers):
         pin_memory=args.device.startswith("cuda"),
     )
     model = mnist_cnn.Net()
-    model.dropout = torch.nn.Dropout(0.05)
+    model.drop = torch.nn.Dropout(0.05)
     model.to(args.device).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.015, 0.9, weight_decay=1e-4)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))

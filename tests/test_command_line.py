@@ -110,6 +110,11 @@ def test_a_wrong_value_is_named_with_what_is_valid(call, flag, values, valid):
         assert_one_line(call(f"{flag}={value}"), 2, flag, value, valid)
 
 
+@pytest.mark.parametrize("flag", ["--evaluate", "--resume", "--device"])
+def test_an_empty_value_is_not_taken_for_a_missing_flag(call, flag):
+    assert call(flag, "").stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "mps:7", "gpu", "meta"])
 def test_a_device_that_cannot_compute_is_refused(call, device):
     assert_one_line(call("--device", device), 2, device, "does not work (cpu does)")

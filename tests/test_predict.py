@@ -180,7 +180,7 @@ def test_nine_of_ten_digits_are_read(predict, kind):
 @pytest.mark.parametrize("kind", [*PAPERS, "transparent, black ink", "28 x 28"])
 def test_no_digit_is_printed_for_a_blank_page(predict, kind):
     process = predict(("blank.png", draw(kind, "")))
-    assert_one_line(process, 1, "blank.png", "no digit")
+    assert_one_line(process, 1, "blank.png", "no sharp digit")
     assert process.stdout == ""
 
 

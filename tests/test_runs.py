@@ -345,7 +345,7 @@ def test_the_picture_shows_at_most_twelve_mistakes(
     names = axes["most confident mistakes"].get_xticklabels()
     assert [" as " in name.get_text() for name in names] == [True] * min(mistakes, 12)
     legend = axes["error in %"].get_legend().get_texts()
-    assert [text.get_text() for text in legend] == ["training set", "validation set"]
+    assert [text.get_text() for text in legend] == ["training", "validation"]
     assert axes["error in %"].get_yscale() == "log"
 
 
