@@ -117,7 +117,7 @@ def load_datasets(args):
 def affine(images, degrees, shifts):
     """Return images (N, 1, 28, 28) shifted, then rotated about their centre.
 
-    ``degrees`` (N,): counter-clockwise; ``shifts`` (N, 2): pixels right and down.
+    degrees (N,): counter-clockwise; shifts (N, 2): pixels right and down.
     """
     cosine, sine = degrees.deg2rad().cos(), degrees.deg2rad().sin()
     # Output at p is the input at rotation * p - shift, p from -1 to 1.
@@ -135,7 +135,7 @@ def normalise(images):
 def train_batches(images, labels, batch_size, rotation, shift):
     """Yield (inputs (B, 1, 28, 28), labels (B,)) in random order, each image once.
 
-    ``rotation`` (degrees) and ``shift`` (pixels) are the largest either way.
+    rotation (degrees) and shift (pixels) are the maxima in either direction.
     """
     for index in torch.randperm(len(images), device=images.device).split(batch_size):
         batch = images[index, None].float()
@@ -148,12 +148,12 @@ def train_batches(images, labels, batch_size, rotation, shift):
 
 # ---- Model ----
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` that draws only what it drops: saves a third of a CPU step."""
+    """nn.Dropout that draws only what it drops: saves a third of a CPU step."""
 
     def forward(self, x):
         if not (self.training and self.p and x.device.type == "cpu"):
             return super().forward(x)
-        # So many draws miss an element with probability 1 - p.
+        # At this rate an element is kept with probability 1 - p.
         draws = torch.poisson(torch.tensor(-x.numel() * math.log1p(-self.p)))
         dropped = torch.randint(x.numel(), (int(draws),))
         mask = x.new_full((x.numel(),), 1 / (1 - self.p)).index_fill_(0, dropped, 0)
@@ -200,7 +200,7 @@ class Net(nn.Module):
 
 
 def make_model(width, dropout, device, precision):
-    """Return a new ``Net`` for a device and a precision."""
+    """Return a new Net for a device and a precision."""
     model = Net(width, dropout)
     device = torch.device(device)
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -209,7 +209,7 @@ def make_model(width, dropout, device, precision):
         model.forward = autocast(model.forward)
     if device.type == "cpu":
         with suppress(AttributeError, OSError, TypeError):  # needs glibc
-            # Not returning freed memory saves a fifth of a step.
+            # Keeping freed memory saves a fifth of a step.
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         for layer in list(model.children())[1:]:  # conv1 is faster without
@@ -218,7 +218,7 @@ def make_model(width, dropout, device, precision):
 
 
 def load_model(path, device="cpu", precision="fp32"):
-    """Return the model whose weights, and so its width, are in a file."""
+    """Load a model from a file of weights, which tell its width."""
     with exit_on_error(f"{path} is no final.pt"):
         weights = torch.load(path, "cpu", weights_only=True)
         width = len(dict(weights)["conv1.bias"]) // 10 or 1
@@ -233,7 +233,7 @@ COLUMNS = "epoch lr train_loss train_accuracy eval_loss eval_accuracy seconds"
 
 
 def make_training(args, seed, total_steps):
-    """Return a new model, its optimizer and its scheduler."""
+    """Return a new model, its optimizer and its scheduler per batch."""
     torch.manual_seed(seed * 10_000)
     torch.backends.cudnn.deterministic = True  # the seed fixes the weights
     model = make_model(args.width, args.dropout, args.device, args.precision)
@@ -317,7 +317,7 @@ def train_seed(args, seed, train_set, test_set, folder):
     print(*(f"{name:>8}" for name in COLUMNS.split()))
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     for epoch in range(len(history) + 1, args.epochs + 1):
-        torch.manual_seed(seed * 10_000 + epoch)  # no generator state to save
+        torch.manual_seed(seed * 10_000 + epoch)  # resuming needs no RNG state
         batches = train_batches(*train_set, args.batch_size, args.rotation, args.shift)
         row = [epoch, *train_epoch(*training, batches, steps)]
         row += loss_and_accuracy(predict(model, images), labels)
