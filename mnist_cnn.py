@@ -128,7 +128,7 @@ def affine(images, degrees, shifts):
 
 
 def normalise(images):
-    """Return pixels with mean 0 and standard deviation 1."""
+    """Return pixels of 0 to 255 with mean 0 and standard deviation 1."""
     return (images / 255 - MEAN) / STD
 
 
@@ -221,7 +221,7 @@ def load_model(path, device="cpu", precision="fp32"):
     """Load a model from a file of weights, which tell its width."""
     with exit_on_error(f"{path} is no final.pt"):
         weights = torch.load(path, "cpu", weights_only=True)
-        width = len(dict(weights)["conv1.bias"]) // 10 or 1
+        width = len(weights["conv1.bias"]) // 10 or 1
         model = make_model(width, 0, device, precision)
         model.load_state_dict(weights)
     return model
