@@ -184,6 +184,13 @@ def test_no_digit_is_printed_for_a_blank_page(predict, kind):
     assert process.stdout == ""
 
 
+def test_neither_strong_noise_nor_a_single_pixel_is_a_digit(predict):
+    noisy = photograph(ink(""), paper(200), noise=12)
+    process = predict(("noisy.png", noisy), ("pixel.png", Image.new("L", (1, 1))))
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr.count("no sharp digit") == 2
+
+
 def test_what_the_network_sees_is_shown(predict):
     """A zero in the middle: ink all around, none inside; two rows of pixels a line."""
     process = predict(("zero.png", draw("dark on light", ANGULAR[0])))

@@ -195,11 +195,16 @@ def test_resuming_on_other_data_is_refused(copy, call, datasets, tmp_path):
     assert_one_line(process, 1, "other images", "copy", "--data-dir")
 
 
-def test_a_resumed_run_has_the_number_of_threads_it_had(copy, call, request):
+def test_a_resumed_run_has_the_number_of_threads_it_had(data, call, tmp_path, request):
     request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(2)
-    call("--resume", "copy")
-    assert torch.get_num_threads() == 1
+    call("--data-dir", data, "--device", "cpu", "--epochs", 2, "--out", "whole")
+    torch.set_num_threads(1)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    unfinish(tmp_path / "resumed" / "seed-1", 0)
+    assert call("--resume", "resumed").returncode == 0
+    assert torch.get_num_threads() == 2
+    assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / "resumed" / "seed-1")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="moves a folder that is in use")
