@@ -16,11 +16,13 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
 import zlib
+from collections import deque
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -132,18 +134,17 @@ def normalise(images):
     return (images / 255 - MEAN) / STD
 
 
-def train_batches(images, labels, batch_size, rotation, shift):
-    """Yield (inputs (B, 1, 28, 28), labels (B,)) in random order, each image once.
+def augment(images, rotation, shift):
+    """Return inputs (N, 1, 28, 28), each image rotated and shifted at random.
 
     rotation (degrees) and shift (pixels) are the maxima in either direction.
     """
-    for index in torch.randperm(len(images), device=images.device).split(batch_size):
-        batch = images[index, None].float()
-        if rotation or shift:
-            degrees = batch.new_empty(len(index)).uniform_(-rotation, rotation)
-            shifts = batch.new_empty(len(index), 2).uniform_(-shift, shift)
-            batch = affine(batch, degrees, shifts)
-        yield normalise(batch), labels[index]
+    images = images[:, None].float()
+    if rotation or shift:
+        degrees = images.new_empty(len(images)).uniform_(-rotation, rotation)
+        shifts = images.new_empty(len(images), 2).uniform_(-shift, shift)
+        images = affine(images, degrees, shifts)
+    return normalise(images)
 
 
 # ---- Model ----
@@ -214,6 +215,9 @@ def make_model(width, dropout, device, precision):
             ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         for layer in list(model.children())[1:]:  # conv1 is faster without
             layer.to(memory_format=torch.channels_last)  # saves a tenth of a step
+    elif device.type == "cuda" and precision != "fp32":
+        # saves a third of a step with bf16
+        return model.to(device, memory_format=torch.channels_last)
     return model.to(device)
 
 
@@ -229,7 +233,9 @@ def load_model(path, device="cpu", precision="fp32"):
 
 # ---- Training and testing ----
 # of metrics.csv: accuracies in %; eval: test or validation set
-COLUMNS = "epoch lr train_loss train_accuracy eval_loss eval_accuracy seconds"
+COLUMNS = (
+    " seed epoch        lr train_loss train_accuracy eval_loss eval_accuracy seconds"
+)
 
 
 def make_training(args, seed, total_steps):
@@ -257,27 +263,82 @@ def make_training(args, seed, total_steps):
     return model, optimizer, scheduler
 
 
-def train_epoch(model, optimizer, scheduler, batches, steps):
-    """Train for an epoch; return learning rate, mean loss, accuracy in %."""
-    model.train()
-    count, loss_sum, correct = 0, 0, 0  # sums on the device: no step waits
-    bar = tqdm(total=steps, file=sys.stdout, disable=None, leave=False)
-    for inputs, labels in batches:
+def make_step(model, optimizer, args, images, labels, sums):
+    """Return step(index), which trains on the images of an index (B,).
+
+    It adds to the sums (2,) of the loss and of the correct answers.
+    """
+
+    def step(index):
+        target = labels[index]
         optimizer.zero_grad()
-        output = model(inputs)
-        loss = F.nll_loss(output, labels)
+        output = model(augment(images[index], args.rotation, args.shift))
+        loss = F.nll_loss(output, target)
         loss.backward()
         optimizer.step()
+        correct = (output.argmax(dim=1) == target).sum()
+        sums.add_(torch.stack((loss.detach() * len(index), correct)))
+
+    return step
+
+
+def record(step, index):
+    """Return a function that repeats the step as one launch: a CUDA graph."""
+    graph, state = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state()
+    recorded = index.clone()
+    try:
+        with torch.cuda.graph(graph):  # executes nothing
+            step(recorded)
+    except RuntimeError as error:
+        print(f"mnist_cnn.py: warning: no CUDA graph: {error}", file=sys.stderr)
+        # The random generator would wait for the end of the recording.
+        fresh = torch.Generator("cuda").graphsafe_get_state()
+        device = torch.cuda.current_device()
+        torch.cuda.default_generators[device].graphsafe_set_state(fresh)
+        torch.cuda.set_rng_state(state)
+        return step
+    return lambda index: (recorded.copy_(index), graph.replay())
+
+
+def use_cuda_graphs(step, optimizer):
+    """Return the step, recorded for each size of batch: 1.4 ms, not 3.6."""
+    lr = torch.zeros((), device="cuda")  # a number would be part of the graph
+    steps = {}
+
+    def run(index):
+        group = optimizer.param_groups[0]
+        rate, size = group["lr"], len(index)
+        group["lr"] = lr.fill_(rate)
+        steps.get(size, step)(index)
+        if size not in steps:  # the first step prepares what a graph cannot
+            steps[size] = record(step, index)
+        group["lr"] = rate
+
+    return run
+
+
+def train_epoch(step, scheduler, sums, images, batch_size):
+    """Train for an epoch; return learning rate, mean loss, accuracy in %.
+
+    A generator: it yields after each step, so that trainings can take turns.
+    """
+    count = 0
+    sums.zero_()  # of the loss and the correct, on the device: no step waits
+    batches = torch.randperm(len(images), device=images.device).split(batch_size)
+    # None: no bar without a terminal. On a GPU an epoch takes a second.
+    disable = sums.is_cuda or None
+    bar = tqdm(total=len(batches), file=sys.stdout, disable=disable, leave=False)
+    for index in batches:
+        yield step(index)
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
-        count += len(labels)
-        loss_sum += loss.detach() * len(labels)
-        correct += (output.argmax(dim=1) == labels).sum()
+        count += len(index)
         if bar.update():  # redrawn: only then wait for the device
-            accuracy = 100 * correct.item() / count
-            bar.set_postfix(loss=loss_sum.item() / count, accuracy=accuracy)
+            loss, correct = sums.tolist()
+            bar.set_postfix(loss=loss / count, accuracy=100 * correct / count)
     bar.close()
-    return lr, loss_sum.item() / count, 100 * correct.item() / count
+    loss, correct = sums.tolist()
+    return lr, loss / count, 100 * correct / count
 
 
 @torch.no_grad()
@@ -300,7 +361,7 @@ def loss_and_accuracy(output, labels):
 
 
 def train_seed(args, seed, train_set, test_set, folder):
-    """Train the model of a seed and leave its files in a folder."""
+    """Train the model of a seed and leave its files in a folder; a generator."""
     folder.mkdir(exist_ok=True)
     images, labels = test_set
     steps = math.ceil(len(train_set[0]) / args.batch_size)
@@ -313,13 +374,18 @@ def train_seed(args, seed, train_set, test_set, folder):
             for part, state in zip(training, states, strict=True):
                 part.load_state_dict(state)
         save(folder / "metrics.csv", history)  # a stop may precede it
-    print(f"Seed {seed}")
-    print(*(f"{name:>8}" for name in COLUMNS.split()))
+    sums = torch.zeros(2, device=args.device)
+    step = make_step(model, training[1], args, *train_set, sums)
+    if sums.is_cuda:
+        step = use_cuda_graphs(step, training[1])
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(seed * 10_000 + epoch)  # resuming needs no RNG state
-        batches = train_batches(*train_set, args.batch_size, args.rotation, args.shift)
-        row = [epoch, *train_epoch(*training, batches, steps)]
+        model.train()
+        row = yield from train_epoch(
+            step, training[2], sums, train_set[0], args.batch_size
+        )
+        row = [seed, epoch, *row]
         row += loss_and_accuracy(predict(model, images), labels)
         row += [time.perf_counter() - start]
         row = dict(zip(COLUMNS.split(), row, strict=True))
@@ -330,7 +396,8 @@ def train_seed(args, seed, train_set, test_set, folder):
         states = [part.state_dict() for part in training]
         save(checkpoint, (states, history))
         save(folder / "metrics.csv", history)
-        print(*(f"{value:{max(8, len(name))}.5g}" for name, value in row.items()))
+        fields = zip(re.findall(" +[a-z_]+", COLUMNS), row.values())
+        print("".join(f"{value:{len(name)}.4g}" for name, value in fields))
     output = predict(model, images, args.tta)
     accuracy = loss_and_accuracy(output, labels)[1]
     save(folder / "final.pt", model.state_dict())
@@ -467,6 +534,27 @@ def open_folder(folder, args, datasets):
     print(f"On {args.device}; to continue after a stop: --resume {folder}")
 
 
+def take_turns(trainings, device):
+    """Run trainings side by side on a GPU: three times as fast as one by one.
+
+    Each has its stream, and its state of the random generator.
+    """
+    torch.cuda.set_device(device)
+    generator = torch.cuda.default_generators[device.index]
+    turns = []
+    for training in trainings:
+        state = torch.Generator(device).graphsafe_get_state()
+        turns.append([training, torch.cuda.Stream(), state])
+    while turns:
+        for turn in turns.copy():
+            training, stream, state = turn
+            generator.graphsafe_set_state(state)
+            with torch.cuda.stream(stream):
+                if next(training, "finished"):
+                    turns.remove(turn)
+            turn[2] = generator.graphsafe_get_state()
+
+
 def train(args):
     """Train --runs models and print their mean accuracy."""
     with suppress(ImportError):
@@ -477,9 +565,19 @@ def train(args):
     name = time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
     folder = Path(args.resume or args.out or name)
     open_folder(folder, args, datasets)
+    trainings = []
     for seed in range(args.seed, args.seed + args.runs):
-        if not (folder / f"seed-{seed}" / "result.json").exists():
-            train_seed(args, seed, *datasets, folder / f"seed-{seed}")
+        seed_folder = folder / f"seed-{seed}"
+        if not (seed_folder / "result.json").exists():
+            trainings.append(train_seed(args, seed, *datasets, seed_folder))
+    if trainings:
+        print(COLUMNS)
+    images = datasets[0][0]
+    while images.is_cuda and trainings:
+        take_turns(trainings[:10], images.device)
+        del trainings[:10]
+    for training in trainings:
+        deque(training, maxlen=0)  # runs it to its end
     (accuracies,) = compare([str(folder)])
     if diverged := args.runs - len(accuracies):
         fail(f"{diverged} of {args.runs} seeds diverged: not in the mean")

@@ -68,12 +68,16 @@ def this_script(args, *flags):
     flags = mnist_cnn.parse_arguments(["--device", args.device, *flags])
     train_set = mnist_cnn.load_mnist(args.data_dir, "train")
     train_set = [part.to(args.device) for part in train_set]
-    training = mnist_cnn.make_training(flags, 1, IMAGES)
-    epochs = iter(lambda: mnist_cnn.train_batches(*train_set, BATCH_SIZE, 7, 0), None)
-    batches = itertools.chain.from_iterable(epochs)
+    model, optimizer, scheduler = mnist_cnn.make_training(flags, 1, IMAGES)
+    sums = torch.zeros(2, device=args.device)
+    step = mnist_cnn.make_step(model, optimizer, flags, *train_set, sums)
+    if sums.is_cuda:
+        step = mnist_cnn.use_cuda_graphs(step, optimizer)
+    model.train()
 
     def run(steps):
-        mnist_cnn.train_epoch(*training, itertools.islice(batches, steps), steps)
+        images = train_set[0][: steps * BATCH_SIZE]
+        list(mnist_cnn.train_epoch(step, scheduler, sums, images, BATCH_SIZE))
 
     return run
 

@@ -141,7 +141,7 @@ def train(call, data, tmp_path):
     return train_with
 
 
-ROW = re.compile(r" +(\d+) +(\S+)( +\d+(\.\d+)?){5}")
+ROW = re.compile(r" +\d+ +(\d+) +(\S+)( +\d+(\.\d+)?){5}")
 
 
 def rows(output):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import assert_same_run
+from conftest import assert_same_run, rows, run, start
 
-from mnist_cnn import make_model
+from mnist_cnn import Net, make_model
 
 pytestmark = pytest.mark.cuda
 
@@ -15,6 +15,34 @@ def test_the_same_command_gives_the_same_weights(call, data, tmp_path, device):
     for folder in ("first", "second"):
         assert call(*flags, folder).returncode == 0
     assert_same_run(tmp_path / "first" / "seed-1", tmp_path / "second" / "seed-1")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("momentum", [0.9, 0])
+def test_a_step_without_a_cuda_graph_gives_the_same_weights(
+    call, data, tmp_path, monkeypatch, precision, momentum
+):
+    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 2]
+    flags += ["--precision", precision, "--momentum", momentum, "--shift", 1, "--out"]
+    assert call(*flags, "graph").returncode == 0
+    forward = Net.forward
+    # .item() waits for the device, which no graph can.
+    monkeypatch.setattr(
+        Net, "forward", lambda net, x: (x[0].sum().item(), forward(net, x))[1]
+    )
+    process = call(*flags, "none")
+    assert "warning: no CUDA graph" in process.stderr
+    assert_same_run(tmp_path / "graph" / "seed-1", tmp_path / "none" / "seed-1")
+
+
+def test_a_killed_run_is_resumed_to_the_same_weights(data, tmp_path):
+    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 4, "--out"]
+    assert run(*flags, "whole", cwd=tmp_path).returncode == 0
+    with start(*flags, "cut", cwd=tmp_path) as process:
+        next(line for line in process.stdout if rows(line))
+        process.kill()
+    assert run("--resume", "cut", cwd=tmp_path).returncode == 0
+    assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / "cut" / "seed-1")
 
 
 def test_one_training_step_agrees_with_the_cpu():

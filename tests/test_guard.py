@@ -1,8 +1,5 @@
 """The CUDA path on fake tensors, no GPU needed: devices do not mix, no step waits."""
 
-import contextlib
-import io
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -63,20 +60,23 @@ def started(request, monkeypatch):
         yield args, training
 
 
-def batches(args, steps):
+def epoch(args, training, steps):
+    """An epoch of so many steps, the last one shorter, as a generator."""
+    model, optimizer, scheduler = training
     images = torch.zeros(steps * args.batch_size - 1, 28, 28, device="cuda").byte()
-    settings = args.batch_size, args.rotation, args.shift
-    return mnist_cnn.train_batches(images, images[:, 0, 0].long(), *settings)
+    sums = torch.zeros(2, device="cuda")
+    labels = images[:, 0, 0].long()
+    step = mnist_cnn.make_step(model, optimizer, args, images, labels, sums)
+    return mnist_cnn.train_epoch(step, scheduler, sums, images, args.batch_size)
 
 
 def test_an_epoch_mixes_no_devices_and_waits_only_at_its_end(started):
-    args, training = started
     for steps in (3, 6):
-        # Not a terminal: no bar, which waits when it is redrawn.
-        with Watch() as watch, contextlib.redirect_stdout(io.StringIO()):
-            mnist_cnn.train_epoch(*training, batches(args, steps), steps)
-        assert watch.waits == ["aten::_local_scalar_dense"] * 2
-        assert (torch.bfloat16 in watch.dtypes) == (args.precision == "bf16")
+        with Watch() as watch:
+            assert len(list(epoch(*started, steps))) == steps
+        assert len(watch.waits) == 2
+        bf16 = started[0].precision == "bf16"
+        assert (torch.bfloat16 in watch.dtypes) == bf16
 
 
 @pytest.mark.parametrize("tta", [False, True])
@@ -88,12 +88,12 @@ def test_evaluation_and_prediction_mix_no_devices(started, tta):
         mnist_cnn.predict(model, images[:1], tta)
 
 
-def test_print_the_kernels_of_a_forward_pass_and_its_batch(started, request):
-    args, (model, *_) = started
-    prepared = batches(args, 2)
-    next(prepared)  # shuffles
+def test_print_the_kernels_of_a_step_without_its_backward_pass(started, request):
+    steps = epoch(*started, 3)
+    with Watch():
+        next(steps)  # shuffles
     with Watch() as watch:
-        model(next(prepared)[0])
+        next(steps)
     print(request.node.callspec.id, "launches", watch.kernels, "kernels")
 
 

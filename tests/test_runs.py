@@ -108,7 +108,7 @@ def diverging(data, call, monkeypatch, tmp_path):
     train_epoch = mnist_cnn.train_epoch
 
     def break_the_fourth(*training):
-        lr, loss, accuracy = train_epoch(*training)
+        lr, loss, accuracy = yield from train_epoch(*training)
         return lr, float("nan") if next(epochs) == 4 else loss, accuracy
 
     monkeypatch.setattr(mnist_cnn, "train_epoch", break_the_fourth)
@@ -141,7 +141,7 @@ def test_runs_killed_at_a_random_moment_end_like_one_that_was_not(call, data, tm
     folders = ["first", "second"]  # side by side, to save time
     processes = [start(*flags, folder, cwd=tmp_path) for folder in folders]
     for process in processes:
-        while not process.stdout.readline().startswith("   epoch"):
+        while not process.stdout.readline().startswith(" seed"):
             assert process.poll() is None  # from that line on it trains and writes
         time.sleep(moments.uniform(0, 0.4))
         process.kill()

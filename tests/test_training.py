@@ -38,7 +38,7 @@ def test_the_learning_rate_of_each_batch_is_that_of_one_cycle_lr(train, steps):
     settings = {"pct_start": 0.2, "div_factor": 10, "final_div_factor": 100}
     assert rates == one_cycle_rates(3 * 10, 0.015, **settings)
     rows = (folder / "metrics.csv").read_text().splitlines()[1:]
-    assert [float(row.split(",")[1]) for row in rows] == rates[9::10]
+    assert [float(row.split(",")[2]) for row in rows] == rates[9::10]
 
 
 def test_flags_shape_the_schedule(train, steps):
