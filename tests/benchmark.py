@@ -6,13 +6,13 @@ Needs the real MNIST in --data-dir. It is no test: nothing passes or fails here.
 """
 
 import argparse
-import functools
 import itertools
 import multiprocessing
 import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,6 +23,11 @@ from torchvision.datasets import MNIST
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mnist_cnn
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 BATCH_SIZE, IMAGES = 128, 60_000
 
@@ -63,9 +68,10 @@ def usual_loop(args, workers):
     return run
 
 
-def this_script(args, *flags):
-    """Return a function that trains for some steps as the script does with the flags."""
-    flags = mnist_cnn.parse_arguments(["--device", args.device, *flags])
+def this_script(args, precision):
+    """Return a function that trains for some steps as the script does."""
+    flags = ["--device", args.device, "--precision", precision]
+    flags = mnist_cnn.parse_arguments(flags)
     train_set = mnist_cnn.load_mnist(args.data_dir, "train")
     train_set = [part.to(args.device) for part in train_set]
     model, optimizer, scheduler = mnist_cnn.make_training(flags, 1, IMAGES)
@@ -83,58 +89,33 @@ def this_script(args, *flags):
 
 
 VARIANTS = {
-    "usual loop": functools.partial(usual_loop, workers=0),
-    "usual loop, 1 worker": functools.partial(usual_loop, workers=1),
-    "mnist_cnn.py": this_script,
-    "mnist_cnn.py, bf16": lambda args: this_script(args, "--precision", "bf16"),
+    "usual loop": (usual_loop, 0),
+    "usual loop, 1 worker": (usual_loop, 1),
+    "mnist_cnn.py": (this_script, "fp32"),
+    "mnist_cnn.py, bf16": (this_script, "bf16"),
 }
 
 
-def peak_megabytes(device):
-    """Return the most memory that this process had so far; on Windows not a number."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # kB on Linux
-
-
-def serve(name, args, connection):
-    """Run blocks of a variant's steps on request; answer with ms a step and peak MB."""
+def prepare(name, args):
+    """Make this process that of a variant."""
+    global run
     torch.manual_seed(1)
-    run = VARIANTS[name](args)
+    make, option = VARIANTS[name]
+    run = make(args, option)
     run(10)  # the first steps choose algorithms and fill caches
-    connection.send("ready")
-    while steps := connection.recv():
-        start = time.perf_counter()
-        run(steps)  # ends with .item(), so the device has finished too
-        milliseconds = 1000 * (time.perf_counter() - start) / steps
-        peak = peak_megabytes(args.device)
-        connection.send((milliseconds, peak))
 
 
-def take_turns(args):
-    """Return for each variant its median ms a step and its peak MB."""
-    context = multiprocessing.get_context("spawn")
-    connections = {}
-    for name in VARIANTS:
-        connections[name], end = context.Pipe()
-        context.Process(target=serve, args=(name, args, end)).start()
-        end.close()  # so that a variant that dies ends the benchmark too
-        connections[name].recv()
-    results = {name: [] for name in VARIANTS}
-    for _ in range(args.blocks):
-        for name, connection in connections.items():
-            connection.send(args.steps)
-            results[name].append(connection.recv())
-    for connection in connections.values():
-        connection.send(0)
-    return {
-        name: (statistics.median(ms for ms, _ in blocks), blocks[-1][1])
-        for name, blocks in results.items()
-    }
+def measure(args):
+    """Run a block of steps; return ms a step and the most MB of this process so far."""
+    start = time.perf_counter()
+    run(args.steps)  # ends with .item(), so the device has finished too
+    ms = 1000 * (time.perf_counter() - start) / args.steps
+    peak = float("nan")
+    if args.device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated() / 1e6
+    elif resource:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # kB on Linux
+    return ms, peak
 
 
 def main():
@@ -150,11 +131,17 @@ def main():
         name = torch.cuda.get_device_name(args.device)
     date = time.strftime("%Y-%m-%d")
     print(f"{args.device}, {name}, torch {torch.__version__}, {date}\n")
-    results = take_turns(args)
-    usual = min(ms for name, (ms, _) in results.items() if name.startswith("usual"))
+    spawn = multiprocessing.get_context("spawn")
+    processes = [ProcessPoolExecutor(1, spawn, prepare, (x, args)) for x in VARIANTS]
+    blocks = [
+        [process.submit(measure, args).result() for process in processes]
+        for _ in range(args.blocks)
+    ]
+    medians = [statistics.median(ms for ms, _ in column) for column in zip(*blocks)]
+    usual = min(medians[:2])
     print("| variant | ms a step | s an epoch | images/s | x faster usual | peak MB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, (ms, peak) in results.items():
+    for name, ms, (_, peak) in zip(VARIANTS, medians, blocks[-1]):
         epoch, speed = ms * IMAGES / BATCH_SIZE / 1000, 1000 * BATCH_SIZE / ms
         times = f"{ms:.2f} | {epoch:.1f} | {speed:,.0f} | {usual / ms:.2f}"
         print(f"| {name} | {times} | {peak:,.0f} |")

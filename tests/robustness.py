@@ -5,7 +5,7 @@ its models in % and the 95 % confidence interval. It is no test: nothing passes 
 """
 
 import argparse
-import statistics
+import itertools
 import sys
 from pathlib import Path
 
@@ -15,15 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mnist_cnn
 
-# Each change is a list of (degrees counter-clockwise, pixels to the right, pixels down).
-CORNERS = [(0, x, y) for x in (-2, 2) for y in (-2, 2)]
+# Each change: degrees counter-clockwise, and pixels to the right and down.
 CHANGES = {
-    "as they are": [(0, 0, 0)],
-    "rotated by 15° either way": [(15, 0, 0), (-15, 0, 0)],
-    "shifted by 2 pixels to each corner": CORNERS,
-    "rotated by 15° and shifted to each corner": [
-        (degrees, x, y) for degrees in (15, -15) for _, x, y in CORNERS
-    ],
+    "as they are": ([0], [0]),
+    "rotated by 15° either way": ([-15, 15], [0]),
+    "shifted by 2 pixels to each corner": ([0], [-2, 2]),
+    "rotated by 15° and shifted to each corner": ([-15, 15], [-2, 2]),
 }
 
 
@@ -35,15 +32,14 @@ def changed(images, degrees, right, down):
     return pixels.squeeze(1).round().byte()
 
 
-def accuracies(run, variants, labels):
-    """Return for each model of a run the mean accuracy over variants of the images."""
-    means = []
-    for path in sorted(Path(run).glob("seed-*/final.pt")):
-        model = mnist_cnn.load_model(path)
-        outputs = [mnist_cnn.predict(model, images) for images in variants]
-        scores = [mnist_cnn.loss_and_accuracy(output, labels)[1] for output in outputs]
-        means.append(statistics.mean(scores))
-    return means or mnist_cnn.fail(f"{run} has no seed-*/final.pt: give a run's folder")
+def accuracies(run, images, labels):
+    """Return the accuracy of each model of a run."""
+    paths = sorted(Path(run).glob("seed-*/final.pt"))
+    outputs = [mnist_cnn.predict(mnist_cnn.load_model(path), images) for path in paths]
+    scores = [mnist_cnn.loss_and_accuracy(output, labels)[1] for output in outputs]
+    return scores or mnist_cnn.fail(
+        f"{run} has no seed-*/final.pt: give a run's folder"
+    )
 
 
 def main():
@@ -54,11 +50,13 @@ def main():
     images, labels = mnist_cnn.load_mnist(args.data_dir, "t10k")
     print(f"| test images | {' | '.join(Path(run).name for run in args.runs)} |")
     print("| --- |" + " ---: |" * len(args.runs))
-    for name, changes in CHANGES.items():
+    for name, (degrees, pixels) in CHANGES.items():
+        changes = itertools.product(degrees, pixels, pixels)
         variants = [changed(images, *change) for change in changes]
+        data = torch.cat(variants), labels.repeat(len(variants))
         cells = []
         for run in args.runs:
-            _, mean, high = mnist_cnn.interval(accuracies(run, variants, labels))
+            _, mean, high = mnist_cnn.interval(accuracies(run, *data))
             spread = f" ± {high - mean:.2f}" if high > mean else ""
             cells.append(f"{mean:.2f}{spread}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)

@@ -1,17 +1,14 @@
-"""The table of accuracies on changed test images."""
+"""The two tools: robustness.py and benchmark.py, whose speed is for no test to judge."""
 
 import statistics
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
+from benchmark import VARIANTS
 from conftest import SCRIPT, result
 from robustness import CHANGES, changed, main
-
-
-def test_an_unchanged_image_is_unchanged(datasets):
-    images = datasets[1][0]
-    assert torch.equal(changed(images, 0, 0, 0), images)
 
 
 def test_a_shift_goes_right_and_down(datasets):
@@ -37,3 +34,11 @@ def test_a_folder_without_models_ends_in_one_line(data, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         main()
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_trains_for_more_steps_than_an_epoch_has(variant, data):
+    make, option = VARIANTS[variant]
+    run = make(Namespace(device="cpu", data_dir=data), option)
+    run(6)  # an epoch of the small data has 5
+    run(1)
