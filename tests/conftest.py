@@ -120,7 +120,7 @@ def trained(data, tmp_path_factory):
     """The finished folder of three seeds, 5 to 7, of two epochs, and what was printed."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--batch-size", 64]
-    flags += ["--runs", 3, "--seed", 5, "--tta", "--out", "run"]
+    flags += ["--lr", 0.3, "--runs", 3, "--seed", 5, "--tta", "--out", "run"]
     notebook = {"MPLBACKEND": "module://of.a.notebook"}  # must not matter
     process = run(*flags, cwd=folder, env=notebook)
     assert (process.returncode, process.stderr) == (0, "")
