@@ -121,25 +121,27 @@ def test_a_device_that_cannot_compute_is_refused(call, device):
 
 
 @pytest.mark.parametrize(
-    ("flags", "refused", "job"),
+    ("flags", "text"),
     [
-        ("--compare a b --lr 5", "--lr", "--compare"),
-        ("--evaluate f --width 5", "--width", "--evaluate"),
-        ("--evaluate f --holdout=9", "--holdout", "--evaluate"),
-        ("--evaluate f --predict p --data-dir d", "--data-dir", "--predict"),
-        ("--resume x --dry-run", "--dry-run", "--resume"),
-        ("--resume x --compare y", "--resume", "--compare"),
-        ("--resume=x --lr=0.015", "--lr", "--resume"),
+        ("--compare a b --lr 5", "--lr does not go with --compare"),
+        ("--evaluate f --width 5", "--width does not go with --evaluate"),
+        ("--evaluate f --holdout=9", "--holdout does not go with --evaluate"),
+        (
+            "--evaluate f --predict p --data-dir d",
+            "--data-dir does not go with --predict",
+        ),
+        ("--resume x --dry-run", "--dry-run does not go with --resume"),
+        ("--resume x --compare y", "--resume does not go with --compare"),
+        ("--resume=x --lr=0.015", "--lr does not go with --resume"),
+        ("--predict x.png", "--predict needs --evaluate FILE"),
+        ("--learning-rate=1", "--learning-rate"),
+        ("--epoch=1", "--epoch"),
     ],
 )
-def test_a_flag_that_belongs_to_another_job_is_refused(call, flags, refused, job):
-    text = f"{refused} does not go with {job}"
+def test_a_flag_that_is_unknown_or_does_not_go_with_the_others_is_refused(
+    call, flags, text
+):
     assert_one_line(call(*flags.split()), 2, text)
-
-
-@pytest.mark.parametrize("flag", ["--learning-rate=1", "--epoch=1"])
-def test_an_unknown_or_abbreviated_flag_is_refused(call, flag):
-    assert_one_line(call(flag), 2, flag)
 
 
 # Signals and broken streams
