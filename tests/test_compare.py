@@ -2,13 +2,10 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
 from conftest import assert_one_line
-
-from mnist_cnn import verdict
 
 
 def sample(n, mean, deviation):
@@ -19,114 +16,113 @@ def sample(n, mean, deviation):
     return (mean + numbers * scale).tolist()
 
 
-# scipy.stats.ttest_ind(second, first, equal_var=False).confidence_interval(confidence)
-@pytest.mark.parametrize(
-    ("first", "second", "confidence", "half_width", "word"),
-    [
-        ((5, 33, 6), (5, 56, 2), 0.95, 7.325716591730015, "better"),
-        ((5, 33, 6), (5, 38, 7), 0.975, 11.404033772859355, "cannot tell"),
-        ((2, 30, 5), (50, 40, 10), 0.95, 27.003149404495513, "cannot tell"),
-        ((7, 0, 0), (2, 20, 10), 0.95, 89.8464, "cannot tell"),
-        ((7, 0, 0), (3, 20, 10), 0.95, 24.84137711750385, "cannot tell"),
-        ((10, 99, 30), (12, 0, 10), 0.99, 30.99113599252201, "worse"),
-    ],
-)
-def test_a_verdict_is_welchs_interval_of_the_difference_and_a_word(
-    first, second, confidence, half_width, word
-):
-    text = verdict(sample(*first), sample(*second), confidence)
-    difference = second[1] - first[1]
-    assert text.startswith(f"{difference:+.3f} ± {half_width:.3f}  {word}")
-
-
-# Solved for a power of 0.8 with scipy.stats.nct, as in Cohen's tables (1988).
-@pytest.mark.parametrize(("effect", "seeds"), [(0.2, 394), (0.5, 64), (0.8, 26)])
-def test_the_number_of_seeds_is_that_of_a_power_table(effect, seeds):
-    text = verdict(sample(2, 99, 1), sample(2, 99 + effect, 1), 0.95)
-    assert text.endswith(f"cannot tell; about {seeds} seeds each would")
-
-
-def test_the_seeds_that_would_tell_are_more_than_those_that_did_not():
-    text = verdict(sample(2, 99.35, 0.0707), sample(2, 99.65, 0.0707), 0.95)
-    assert "about 3 seeds" in text
-
-
-def test_equal_results_are_no_difference_and_ask_for_no_seeds():
-    values = sample(5, 99.3, 0.05)
-    assert verdict(values, values[::-1], 0.95) == "no difference"
-    assert verdict([99.1, 99.2, 99.3], [99.1, 99.3], 0.95) == "no difference"
-
-
-def test_without_a_spread_there_is_no_verdict():
-    assert "cannot tell" in verdict([99.5], [99.5, 99.6], 0.95)
-    assert "cannot tell" in verdict([99.5] * 5, [99.6] * 5, 0.95)
-
-
 @pytest.fixture
-def other(trained, tmp_path):
-    """Two copies, ``copy`` and ``other``, of a finished run of three seeds."""
-    for name in ("copy", "other"):
-        shutil.copytree(trained[0], tmp_path / name)
-    return tmp_path / "other"
+def compare(call, tmp_path):
+    """Compare finished runs, run-1 and so on, that have these accuracies."""
 
+    def compare_runs(*runs):
+        names = [f"run-{number}" for number in range(1, 1 + len(runs))]
+        for name, accuracies in zip(names, runs, strict=True):
+            for seed, accuracy in enumerate(accuracies, 1):
+                path = tmp_path / name / f"seed-{seed}" / "result.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"accuracy": accuracy}))
+            config = {"seed": 1, "runs": len(accuracies), "data": 5}
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+        return call("--compare", *names)
 
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def set_accuracies(folder, values):
-    for seed, value in zip((5, 6, 7), values, strict=True):
-        edit(folder / f"seed-{seed}" / "result.json", accuracy=value)
+    return compare_runs
 
 
 def rows(process):
     """The table's rows: name, n, mean and interval, strip, words."""
+    assert process.returncode == 0, process.stderr
     pattern = r"^(\S+) +(\d+)  (\S+(?: ± \S+)?) +\|(.{24})\|(?:  (.*))?$"
     return re.findall(pattern, process.stdout, re.MULTILINE)
 
 
-def test_a_comparison_has_a_row_for_each_run(call, other):
-    set_accuracies(other.parent / "copy", [97.0, 97.1, 97.2])
-    set_accuracies(other, [99.0, 99.1, 99.2])
-    process = call("--compare", "copy", "other")
-    assert process.returncode == 0, process.stderr
+@pytest.fixture
+def verdict(compare):
+    """The words for the difference of two runs."""
+    return lambda *runs: rows(compare(*runs))[1][4]
+
+
+# scipy.stats.ttest_ind(second, first, equal_var=False).confidence_interval(level)
+@pytest.mark.parametrize(
+    ("first", "second", "level", "half_width", "word"),
+    [
+        ((5, 33, 6), (5, 56, 2), 95, 7.325716591730015, "better"),
+        ((5, 33, 6), (5, 38, 7), 97.5, 11.404033772859355, "cannot tell"),
+        ((2, 30, 5), (50, 40, 10), 95, 27.003149404495513, "cannot tell"),
+        ((7, 0, 0), (2, 20, 10), 95, 89.84643530730345, "cannot tell"),
+        ((7, 0, 0), (3, 20, 10), 95, 24.84137711750385, "cannot tell"),
+        ((10, 99, 30), (12, 0, 10), 99, 30.99113599252201, "worse"),
+    ],
+)
+def test_a_verdict_is_welchs_interval_of_the_difference_and_a_word(
+    compare, first, second, level, half_width, word
+):
+    others = round(5 / (100 - level))  # for so many differences, by Bonferroni
+    process = compare(sample(*first), *[sample(*second)] * others)
+    assert f" {level} % of a difference" in process.stdout
+    difference = second[1] - first[1]
+    expected = f"{difference:+.3f} ± {half_width:.3f}  {word}"
+    for row in rows(process)[1:]:
+        assert row[4].startswith(expected)
+
+
+# Solved for a power of 0.8 with scipy.stats.nct, as in Cohen's tables (1988).
+@pytest.mark.parametrize(("effect", "seeds"), [(0.2, 394), (0.5, 64), (0.8, 26)])
+def test_the_number_of_seeds_is_that_of_a_power_table(verdict, effect, seeds):
+    text = verdict(sample(2, 99, 1), sample(2, 99 + effect, 1))
+    assert text.endswith(f"cannot tell; about {seeds} seeds each would")
+
+
+def test_the_seeds_that_would_tell_are_more_than_those_that_did_not(verdict):
+    text = verdict(sample(2, 99.35, 0.0707), sample(2, 99.65, 0.0707))
+    assert "about 3 seeds" in text
+
+
+def test_equal_results_are_no_difference_and_ask_for_no_seeds(verdict):
+    values = sample(5, 99.3, 0.05)
+    assert verdict(values, values[::-1]) == "no difference"
+    assert verdict([99.1, 99.2, 99.3], [99.1, 99.3]) == "no difference"
+
+
+def test_without_a_spread_there_is_no_verdict(verdict):
+    assert "cannot tell" in verdict([99.5], [99.5, 99.6])
+    assert "cannot tell" in verdict([99.5] * 5, [99.6] * 5)
+
+
+def test_a_comparison_has_a_row_for_each_run(compare):
+    process = compare([97.0, 97.1, 97.2], [99.0, 99.1, 99.2])
     assert "test accuracy" in process.stdout.splitlines()[0]
-    first, second = rows(process)
     # 0.1 / 3 ** 0.5 * scipy.stats.t.ppf(0.975, 2)
-    assert first[:3] == ("copy", "3", "97.10 ± 0.25")
-    assert second[:3] == ("other", "3", "99.10 ± 0.25")
-    assert second[4].startswith("+2.000 ± ") and second[4].endswith("better")
+    assert [row[:3] for row in rows(process)] == [
+        ("run-1", "3", "97.10 ± 0.25"),
+        ("run-2", "3", "99.10 ± 0.25"),
+    ]
 
 
-def test_the_strips_show_intervals_and_means_on_one_scale(call, other):
-    set_accuracies(other.parent / "copy", [97.0, 97.1, 97.2])
-    set_accuracies(other, [99.0, 99.0, 99.0])
-    (*_, first, _), (*_, second, _) = rows(call("--compare", "copy", "other"))
+def test_the_strips_show_intervals_and_means_on_one_scale(compare):
+    process = compare([97.0, 97.1, 97.2], [99.0, 99.0, 99.0])
+    first, second = (row[3] for row in rows(process))
     assert re.fullmatch(r"-+o-+ +", first)
     assert second == " " * 23 + "o"
 
 
-def test_with_three_runs_each_interval_is_wider(call, other):
-    set_accuracies(other, [99.0, 99.1, 99.2])
-    two = call("--compare", "copy", "other")
-    three = call("--compare", "copy", "other", "other")
-    widths = [float(re.match(r"\S+ ± (\S+)", rows(p)[1][4])[1]) for p in (two, three)]
-    assert widths[1] > 1.2 * widths[0]
-    assert "97.5 % of a difference" in three.stdout
+def test_one_seed_has_no_interval(compare):
+    assert [row[1:3] for row in rows(compare([99.0]))] == [("1", "99.00")]
 
 
-def test_one_seed_has_no_interval(call, other):
-    edit(other / "config.json", runs=1)
-    edit(other / "seed-5" / "result.json", accuracy=99.0)
-    assert [row[1:3] for row in rows(call("--compare", "other"))] == [("1", "99.00")]
-
-
-def test_results_on_other_images_are_not_compared(call, other):
-    edit(other / "config.json", data=0)
-    process = call("--compare", "copy", "other")
+def test_results_on_other_images_are_not_compared(compare, call, tmp_path):
+    compare([99.0], [99.1])
+    (tmp_path / "run-2" / "config.json").write_text('{"seed": 1, "runs": 1, "data": 6}')
+    process = call("--compare", "run-1", "run-2")
     assert_one_line(process, 1, "not the same data", "--holdout")
 
 
-def test_a_run_that_lacks_a_result_is_named(call, other):
-    (other / "seed-6" / "result.json").unlink()
-    assert_one_line(call("--compare", "copy", "other"), 1, "other", "seed-6")
+def test_a_run_that_lacks_a_result_is_named(compare, call, tmp_path):
+    compare([99.0], [99.1, 99.2])
+    (tmp_path / "run-2" / "seed-2" / "result.json").unlink()
+    assert_one_line(call("--compare", "run-1", "run-2"), 1, "run-2", "seed-2")
