@@ -1,6 +1,7 @@
 """The command line: what it prints, and one line for each kind of bad input."""
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -17,7 +18,6 @@ from conftest import ROW, SCRIPT, assert_one_line, result, rows, run, start
 
 def test_a_run_prints_layers_resume_command_rows_and_result(trained):
     folder, output = trained
-    assert "Total params: 9,798" in output
     command = "On cpu; to continue after a stop: --resume run\n"
     assert output.index("params") < output.index(command) < output.index("epoch")
     assert [row[1] for row in rows(output)] == ["1", "2"] * 3
@@ -32,12 +32,6 @@ def test_a_run_without_torchsummary_works(call, data, monkeypatch):
     process = call("--data-dir", data, "--dry-run")
     assert process.returncode == 0
     assert "Conv2d" not in process.stdout
-
-
-def test_a_dry_run_takes_one_batch_of_one_epoch(call, data):
-    process = call("--data-dir", data, "--dry-run", "--epochs", 7)
-    assert process.returncode == 0
-    assert len(rows(process.stdout)) == 1
 
 
 def test_a_synthetic_run_needs_no_download(call, no_network):
@@ -82,31 +76,24 @@ def test_an_explicit_flag_overrides_the_recipe(call, data):
 
 
 @pytest.mark.parametrize(
-    ("flag", "values", "valid"),
+    ("flags", "values", "valid"),
     [
         ("--epochs", "0 -1 10000", "[1, 10000)"),
-        ("--batch-size", "0 -128 100000", "[1, 100000)"),
-        ("--lr", "-0.1 nan inf", "[0, inf)"),
-        ("--momentum", "1.0 -0.1 nan", "[0, 1)"),
-        ("--weight-decay", "-1e-09 inf nan", "[0, inf)"),
-        ("--dropout", "1.0 -0.1 nan", "[0, 1)"),
-        ("--rotation", "-1.0 nan 360.0", "[0, 360)"),
-        ("--shift", "-0.1 nan 360.0", "[0, 360)"),
-        ("--pct-start", "1.0 -0.1 nan", "[0, 1)"),
-        ("--div-factor", "0.9 inf nan", "[1, inf)"),
-        ("--final-div-factor", "0.0 inf nan", "[1, inf)"),
-        ("--width", "0", "[1, 100)"),
-        ("--seed", "-1 100000", "[0, 100000)"),
-        ("--holdout", "-1", "[0, 100000)"),
-        ("--runs", "0", "[1, 100000)"),
+        ("--batch-size --runs", "0 -128 100000", "[1, 100000)"),
+        ("--seed --holdout", "-1 100000", "[0, 100000)"),
+        ("--width", "0 100", "[1, 100)"),
+        ("--lr --weight-decay", "-1e-09 nan inf", "[0, inf)"),
+        ("--momentum --dropout --pct-start", "1.0 -0.1 nan", "[0, 1)"),
+        ("--rotation --shift", "-0.1 nan 360.0", "[0, 360)"),
+        ("--div-factor --final-div-factor", "0.9 0.0 inf nan", "[1, inf)"),
         ("--epochs", "1.5 ten", "int"),
         ("--lr", "x", "float"),
         ("--recipe", "fast", "reference"),
         ("--precision", "fp16", "fp32"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_is_valid(call, flag, values, valid):
-    for value in values.split():
+def test_a_wrong_value_is_named_with_what_is_valid(call, flags, values, valid):
+    for flag, value in itertools.product(flags.split(), values.split()):
         assert_one_line(call(f"{flag}={value}"), 2, flag, value, valid)
 
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -93,27 +92,22 @@ def test_a_seed_of_several_runs_equals_that_seed_alone(trained, train):
     assert_same_run(trained[0] / "seed-6", alone)
 
 
-@pytest.fixture
-def diverging(data, call, monkeypatch, tmp_path):
-    """Three seeds of which the second diverges in its second epoch: folder, process."""
+def test_a_seed_that_diverges_is_recorded_and_not_trained_again(
+    data, call, monkeypatch, tmp_path
+):
     epochs = iter(range(1, 100))
     train_epoch = mnist_cnn.train_epoch
 
-    def break_the_fourth(*training):
+    def break_the_fourth(*training):  # the second of the second seed
         lr, loss, accuracy = yield from train_epoch(*training)
         return lr, float("nan") if next(epochs) == 4 else loss, accuracy
 
     monkeypatch.setattr(mnist_cnn, "train_epoch", break_the_fourth)
     flags = ["--data-dir", data, "--epochs", 2, "--runs", 3, "--out", "run"]
-    return tmp_path / "run", call(*flags)
-
-
-def test_a_seed_that_diverges_is_recorded_and_not_trained_again(diverging, call):
-    folder, first = diverging
-    for process in (first, call("--resume", "run")):
+    for process in (call(*flags), call("--resume", "run")):
         assert_one_line(process, 1, "1 of 3 seeds diverged")
         assert re.search(r"^run +2 .* 1 of 3 diverged$", process.stdout, re.MULTILINE)
-        assert result(folder / "seed-2") == {"diverged_in_epoch": 2}
+        assert result(tmp_path / "run" / "seed-2") == {"diverged_in_epoch": 2}
     assert "1 of 3 diverged" in call("--compare", "run").stdout
 
 
@@ -216,28 +210,19 @@ def test_a_run_whose_folder_is_moved_ends_and_makes_no_other(data, tmp_path):
 # Files that are not what they should be
 
 
-class Payload:
-    """What a malicious pickle holds: loading it would make a file."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
 @pytest.fixture
 def bad_files(tmp_path):
     """A file for each way to be no file of weights and no checkpoint."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
     torch.save(mnist_cnn.Net().state_dict(), tmp_path / "good.pt")
-    good = (tmp_path / "good.pt").read_bytes()
-    (tmp_path / "truncated.pt").write_bytes(good[:-2000])
-    (tmp_path / "foreign.pt").write_bytes(b"not tensors at all")
-    torch.save(Payload(tmp_path / "executed"), tmp_path / "code.pt")
+    (bad / "truncated.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:-2000])
+    (bad / "foreign.pt").write_bytes(b"not tensors at all")
+    # A malicious pickle: loading it as Python does would open, so make, a file.
+    (bad / "code.pt").write_bytes(b"cio\nopen\n(Vexecuted\nVw\ntR.")
     shapes = {name: torch.zeros(3) for name in tensors(tmp_path / "good.pt")}
-    torch.save(shapes, tmp_path / "shapes.pt")
-    names = ["truncated.pt", "foreign.pt", "code.pt", "shapes.pt"]
-    yield [tmp_path / name for name in names]
+    torch.save(shapes, bad / "shapes.pt")
+    yield list(bad.iterdir())
     assert not (tmp_path / "executed").exists()
 
 

@@ -54,6 +54,11 @@ def test_any_share_of_warm_up_works_in_a_run_of_five_batches(train, steps, pct_s
     assert len(steps) == 5
 
 
+def test_a_dry_run_takes_one_step(train, steps):
+    train("--dry-run", "--epochs", 7)
+    assert len(steps) == 1
+
+
 @pytest.mark.parametrize(
     "flag", ["--seed=2", "--dropout=0", "--rotation=0", "--shift=2"]
 )
