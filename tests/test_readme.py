@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import SCRIPT, rows
+from conftest import SCRIPT
 from PIL import Image, ImageDraw
 
 import mnist_cnn
@@ -22,11 +22,15 @@ def shown(words):
     return text
 
 
-def shape(text):
-    """Numbers, strips and strokes do not matter, nor how wide a column is."""
-    text = re.sub(r"\|[ o-]{24}\|", "|strip|", text)
-    text = re.sub(r"[-+]?\d[\d.,e-]*", "0", text)
-    return re.sub(r" +", " ", text)
+def shape(line):
+    """Numbers, verdicts and drawings do not matter, nor how wide a column is."""
+    line = re.sub(r"\|[ o-]{24}\|", "|strip|", line)
+    line = re.sub(r"^[ .:=+*#%@-]+$", "drawing", line)
+    line = re.sub(r"[-+]?\d[\d.,e-]*", "0", line)
+    words = r"  (0 ± 0 +)?(better|worse|no difference|cannot tell.*)$"
+    line = re.sub(words, " verdict", line)
+    line = re.sub(r", or 0 \(0 %\)$", "", line)
+    return re.sub(r" +", " ", line)
 
 
 @pytest.fixture
@@ -56,24 +60,12 @@ def outputs(call, data, tmp_path):
 
 
 def test_every_command_runs_and_the_shown_output_has_its_shape(outputs):
-    training = outputs["python mnist_cnn.py"]
-    sample = shown("eval_loss")
-    assert len(rows(sample)) >= 3
-    for line in sample.splitlines():
-        if not line.startswith("  ") and "run" not in line:
-            assert line in training, line
-    header = next(line for line in training.splitlines() if "epoch" in line)
-    assert header in sample
-    (compared,) = (text for command, text in outputs.items() if "--compare" in command)
-    names = re.compile(r"^(runs/\S+|[a-z_]+) ", re.MULTILINE)
-    wanted = names.findall(shown("runs/lr"))
-    assert [name for name in names.findall(compared) if name in wanted] == wanted
-    for line in shown("runs/lr").splitlines():
-        if line.startswith(("run ", "Confidence")):
-            assert shape(line) in shape(compared)
-    (digit,) = (text for command, text in outputs.items() if "--predict" in command)
-    assert re.search(r"^photo.jpg: \d \(\d+\.\d %\)", digit, re.MULTILINE)
-    assert re.search(r"^photo.jpg: \d \(\d+\.\d %\)$", shown("photo.jpg"), re.MULTILINE)
+    printed = [line for text in outputs.values() for line in text.splitlines()]
+    shapes = [shape(line) for line in printed]
+    for words in ("eval_loss", "runs/lr", "photo.jpg"):
+        for line in shown(words).splitlines():
+            assert shape(line) in shapes
+    assert shown("eval_loss").splitlines()[0] in printed
 
 
 def test_the_commands_of_the_table_are_valid():
