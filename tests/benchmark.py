@@ -34,19 +34,13 @@ BATCH_SIZE, IMAGES = 128, 60_000
 
 def usual_loop(args, workers):
     """Return a function that trains for some steps as tutorials do, image by image."""
-    transform = transforms.Compose(
-        [
-            transforms.RandomRotation(7, transforms.InterpolationMode.BILINEAR),
-            transforms.ToTensor(),
-            transforms.Normalize((mnist_cnn.MEAN,), (mnist_cnn.STD,)),
-        ]
-    )
+    rotate = transforms.RandomRotation(7, transforms.InterpolationMode.BILINEAR)
+    normalise = transforms.Normalize((mnist_cnn.MEAN,), (mnist_cnn.STD,))
+    transform = transforms.Compose([rotate, transforms.ToTensor(), normalise])
+    data = MNIST(args.data_dir, transform=transform, download=True)
+    pin = args.device.startswith("cuda")
     loader = torch.utils.data.DataLoader(
-        MNIST(args.data_dir, transform=transform, download=True),
-        batch_size=BATCH_SIZE,
-        shuffle=True,
-        num_workers=workers,
-        pin_memory=args.device.startswith("cuda"),
+        data, BATCH_SIZE, shuffle=True, num_workers=workers, pin_memory=pin
     )
     model = mnist_cnn.Net()
     model.drop = torch.nn.Dropout(0.05)

@@ -87,9 +87,6 @@ def test_an_explicit_flag_overrides_the_recipe(call, data):
         ("--rotation --shift", "-0.1 nan 360.0", "[0, 360)"),
         ("--div-factor --final-div-factor", "0.9 0.0 inf nan", "[1, inf)"),
         ("--epochs", "1.5 ten", "int"),
-        ("--lr", "x", "float"),
-        ("--recipe", "fast", "reference"),
-        ("--precision", "fp16", "fp32"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_valid(call, flags, values, valid):
