@@ -76,8 +76,8 @@ def this_script(args, *flags):
     model.train()
 
     def run(steps):
-        images = train_set[0][: steps * BATCH_SIZE]
-        list(mnist_cnn.train_epoch(step, scheduler, sums, images, BATCH_SIZE))
+        images = steps * flags.batch_size
+        list(mnist_cnn.train_epoch(step, scheduler, sums, images, flags))
 
     return run
 
