@@ -58,9 +58,7 @@ def main():
         variants = [changed(images, *change) for change in changes]
         cells = []
         for run in args.runs:
-            _, mean, high = mnist_cnn.interval(accuracies(run, variants, labels))
-            spread = f" ± {high - mean:.2f}" if high > mean else ""
-            cells.append(f"{mean:.2f}{spread}")
+            cells.append(mnist_cnn.mean_text(accuracies(run, variants, labels)))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
