@@ -13,16 +13,15 @@ import argparse
 import ctypes
 import gzip
 import io
+import itertools
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import tempfile
 import time
 import zlib
-from collections import deque
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,19 +52,6 @@ def exit_on_error(problem, status=1):
 
 
 # ---- Data: images (N, 28, 28) uint8, labels (N,) int64 ----
-def synthetic_digits(count, seed):
-    """Return digits in Pillow's font, rotated at random."""
-    glyphs = torch.empty(10, 1, 28, 28)
-    for digit in range(10):
-        picture = Image.new("L", (28, 28))
-        ImageDraw.Draw(picture).text((8, 0), str(digit), 255, font_size=24)
-        glyphs[digit] = torch.tensor(np.array(picture))
-    torch.manual_seed(seed)
-    labels = torch.randint(10, (count,))
-    images = affine(glyphs[labels], torch.randn(count) * 15, torch.zeros(count, 2))
-    return images.squeeze(1).byte(), labels
-
-
 def read_idx(path):
     """Return the tensor in an IDX file of bytes, unpacked or as .gz."""
     path = path if path.exists() else Path(f"{path}.gz")
@@ -98,24 +84,6 @@ def load_mnist(data_dir, part):
     return images, labels
 
 
-def load_datasets(args):
-    """Return training set and test set, or validation set with --holdout."""
-    if args.synthetic:
-        train_set, test_set = synthetic_digits(12_000, 0), synthetic_digits(2_000, 1)
-    else:
-        train_set = load_mnist(args.data_dir, "train")
-        test_set = None if args.holdout else load_mnist(args.data_dir, "t10k")
-    count = len(train_set[0]) - args.holdout
-    if count < 1:
-        fail(f"--holdout {args.holdout} leaves nothing to train on", 2)
-    if args.holdout:
-        test_set = [x[count:] for x in train_set]
-        train_set = [x[:count] for x in train_set]
-    limit = args.batch_size if args.dry_run else None
-    pairs = train_set, test_set
-    return [[x[:limit].to(args.device) for x in pair] for pair in pairs]
-
-
 def affine(images, degrees, shifts):
     """Return images (N, 1, 28, 28) shifted, then rotated about their centre.
 
@@ -145,6 +113,36 @@ def augment(images, rotation, shift):
         shifts = images.new_empty(len(images), 2).uniform_(-shift, shift)
         images = affine(images, degrees, shifts)
     return normalise(images)
+
+
+def synthetic_digits(count, seed):
+    """Return digits in Pillow's font, rotated at random."""
+    glyphs = torch.empty(10, 1, 28, 28)
+    for digit in range(10):
+        picture = Image.new("L", (28, 28))
+        ImageDraw.Draw(picture).text((8, 0), str(digit), 255, font_size=24)
+        glyphs[digit] = torch.tensor(np.array(picture))
+    torch.manual_seed(seed)
+    labels = torch.randint(10, (count,))
+    images = affine(glyphs[labels], torch.randn(count) * 15, torch.zeros(count, 2))
+    return images.squeeze(1).byte(), labels
+
+
+def load_datasets(args):
+    """Return training set and test set, or validation set with --holdout."""
+    if args.synthetic:
+        train_set, test_set = synthetic_digits(12_000, 0), synthetic_digits(2_000, 1)
+    else:
+        train_set = load_mnist(args.data_dir, "train")
+        test_set = None if args.holdout else load_mnist(args.data_dir, "t10k")
+    count = len(train_set[0]) - args.holdout
+    if count < 1:
+        fail(f"--holdout {args.holdout} leaves nothing to train on", 2)
+    if args.holdout:
+        test_set = [x[count:] for x in train_set]
+        train_set = [x[:count] for x in train_set]
+    limit = args.batch_size if args.dry_run else None
+    return [[x[:limit].to(args.device) for x in y] for y in (train_set, test_set)]
 
 
 # ---- Model ----
@@ -184,7 +182,7 @@ class Net(nn.Module):
         self.classifier = nn.Conv2d(c16, 10, 1)
         self.drop = Dropout(dropout)
         self.pool = nn.MaxPool2d(2)
-        self.average = nn.AdaptiveAvgPool2d(1)  # Network in Network (Lin 2013)
+        self.global_pool = nn.AdaptiveAvgPool2d(1)  # Network in Network (Lin 2013)
 
     def forward(self, x):
         # the shape with width 1, and the receptive field in pixels
@@ -196,7 +194,7 @@ class Net(nn.Module):
         x = F.relu_(self.transition2(self.pool(x)))  # 10x7x7, 16
         x = self.drop(self.norm5(F.relu_(self.conv5(x))))  # 16x7x7, 24
         x = self.drop(self.norm6(F.relu_(self.conv6(x))))  # 16x7x7, 32
-        x = self.average(self.classifier(x))  # 10x1x1, all
+        x = self.global_pool(self.classifier(x))  # 10x1x1, all
         return F.log_softmax(x.flatten(1).float(), dim=1)
 
 
@@ -232,10 +230,9 @@ def load_model(path, device="cpu", precision="fp32"):
 
 
 # ---- Training and testing ----
-# of metrics.csv: accuracies in %; eval: test or validation set
-COLUMNS = (
-    " seed epoch        lr train_loss train_accuracy eval_loss eval_accuracy seconds"
-)
+# Accuracies in %; eval: test or validation set; seconds since the start.
+HEAD = " seed epoch        lr train_loss train_accuracy eval_loss eval_accuracy seconds"
+ROW = "{:5}{:6}{:10.4g}{:11.4g}{:15.4g}{:10.4g}{:14.4g}{:8.4g}"
 
 
 def make_training(args, seed, total_steps):
@@ -243,12 +240,9 @@ def make_training(args, seed, total_steps):
     torch.manual_seed(seed * 10_000)
     torch.backends.cudnn.deterministic = True  # the seed fixes the weights
     model = make_model(args.width, args.dropout, args.device, args.precision)
+    weights, decay = model.parameters(), args.weight_decay
     optimizer = torch.optim.SGD(
-        model.parameters(),
-        args.lr,
-        args.momentum,
-        weight_decay=args.weight_decay,
-        fused=True,
+        weights, args.lr, args.momentum, weight_decay=decay, fused=True
     )
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -266,7 +260,7 @@ def make_training(args, seed, total_steps):
 def make_step(model, optimizer, args, images, labels, sums):
     """Return step(index), which trains on the images of an index (B,).
 
-    It adds to the sums (2,) of the loss and of the correct answers.
+    It adds their loss and the number of correct answers to sums (2,).
     """
 
     def step(index):
@@ -282,60 +276,63 @@ def make_step(model, optimizer, args, images, labels, sums):
     return step
 
 
-def record(step, index):
-    """Return a function that repeats the step as one launch: a CUDA graph."""
-    graph, state = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state()
-    recorded = index.clone()
+def capture(step, index):
+    """Return a function that replays the step as a CUDA graph, in one launch."""
+    graph, batch = torch.cuda.CUDAGraph(), index.clone()
     try:
         with torch.cuda.graph(graph):  # executes nothing
-            step(recorded)
+            step(batch)
     except RuntimeError as error:
         print(f"mnist_cnn.py: warning: no CUDA graph: {error}", file=sys.stderr)
-        # The random generator would wait for the end of the recording.
-        fresh = torch.Generator("cuda").graphsafe_get_state()
-        device = torch.cuda.current_device()
-        torch.cuda.default_generators[device].graphsafe_set_state(fresh)
-        torch.cuda.set_rng_state(state)
+        # The random generator's state may be left capturing: take a copy.
+        generator = torch.cuda.default_generators[index.device.index]
+        generator.graphsafe_set_state(generator.clone_state())
         return step
-    return lambda index: (recorded.copy_(index), graph.replay())
+
+    def replay(index):
+        batch.copy_(index)
+        graph.replay()
+
+    return replay
 
 
 def use_cuda_graphs(step, optimizer):
-    """Return the step, recorded for each size of batch: 1.4 ms, not 3.6."""
-    lr = torch.zeros((), device="cuda")  # a number would be part of the graph
+    """Return the step, captured for each size of batch: 1.4 ms, not 3.6."""
+    tensor = torch.zeros((), device="cuda")  # a number would be in the graph
     steps = {}
 
-    def run(index):
-        group = optimizer.param_groups[0]
-        rate, size = group["lr"], len(index)
-        group["lr"] = lr.fill_(rate)
+    def graph_step(index):
+        group, size = optimizer.param_groups[0], len(index)
+        lr = group["lr"]
+        group["lr"] = tensor.fill_(lr)
         steps.get(size, step)(index)
-        if size not in steps:  # the first step prepares what a graph cannot
-            steps[size] = record(step, index)
-        group["lr"] = rate
+        if size not in steps:  # after a step that allocates, as a warm-up
+            steps[size] = capture(step, index)
+        group["lr"] = lr
 
-    return run
+    return graph_step
 
 
-def train_epoch(step, scheduler, sums, images, batch_size):
-    """Train for an epoch; return learning rate, mean loss, accuracy in %.
+def train_epoch(step, scheduler, sums, count, args):
+    """Train on count images; return learning rate, mean loss, accuracy in %.
 
     A generator: it yields after each step, so that trainings can take turns.
     """
-    count = 0
-    sums.zero_()  # of the loss and the correct, on the device: no step waits
-    batches = torch.randperm(len(images), device=images.device).split(batch_size)
+    seen = 0
+    sums.zero_()  # of loss and correct, on the device: no step waits for it
+    batches = torch.randperm(count, device=sums.device).split(args.batch_size)
     # None: no bar without a terminal. On a GPU an epoch takes a second.
     disable = sums.is_cuda or None
     bar = tqdm(total=len(batches), file=sys.stdout, disable=disable, leave=False)
     for index in batches:
-        yield step(index)
+        step(index)
+        yield
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
-        count += len(index)
+        seen += len(index)
         if bar.update():  # redrawn: only then wait for the device
             loss, correct = sums.tolist()
-            bar.set_postfix(loss=loss / count, accuracy=100 * correct / count)
+            bar.set_postfix(loss=loss / seen, accuracy=100 * correct / seen)
     bar.close()
     loss, correct = sums.tolist()
     return lr, loss / count, 100 * correct / count
@@ -366,7 +363,8 @@ def train_seed(args, seed, train_set, test_set, folder):
     images, labels = test_set
     steps = math.ceil(len(train_set[0]) / args.batch_size)
     training = make_training(args, seed, args.epochs * steps)
-    model, history = training[0], []
+    model, optimizer, scheduler = training
+    history = []
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         with exit_on_error(f"cannot use {checkpoint} (delete it to start again)"):
@@ -375,29 +373,26 @@ def train_seed(args, seed, train_set, test_set, folder):
                 part.load_state_dict(state)
         save(folder / "metrics.csv", history)  # a stop may precede it
     sums = torch.zeros(2, device=args.device)
-    step = make_step(model, training[1], args, *train_set, sums)
+    step = make_step(model, optimizer, args, *train_set, sums)
     if sums.is_cuda:
-        step = use_cuda_graphs(step, training[1])
+        step = use_cuda_graphs(step, optimizer)
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(seed * 10_000 + epoch)  # resuming needs no RNG state
         model.train()
-        row = yield from train_epoch(
-            step, training[2], sums, train_set[0], args.batch_size
-        )
+        row = yield from train_epoch(step, scheduler, sums, len(train_set[0]), args)
         row = [seed, epoch, *row]
         row += loss_and_accuracy(predict(model, images), labels)
         row += [time.perf_counter() - start]
-        row = dict(zip(COLUMNS.split(), row, strict=True))
+        row = dict(zip(HEAD.split(), row, strict=True))
         history.append(row)
         if not math.isfinite(row["train_loss"] + row["eval_loss"]):
-            print(f"Diverged: the loss is not finite in epoch {epoch}")
+            print(f"Seed {seed} diverged: no finite loss in epoch {epoch}")
             return save(folder / "result.json", {"diverged_in_epoch": epoch})
         states = [part.state_dict() for part in training]
         save(checkpoint, (states, history))
         save(folder / "metrics.csv", history)
-        fields = zip(re.findall(" +[a-z_]+", COLUMNS), row.values())
-        print("".join(f"{value:{len(name)}.4g}" for name, value in fields))
+        print(ROW.format(*row.values()))
     output = predict(model, images, args.tta)
     accuracy = loss_and_accuracy(output, labels)[1]
     save(folder / "final.pt", model.state_dict())
@@ -406,6 +401,24 @@ def train_seed(args, seed, train_set, test_set, folder):
         draw_report(folder / "report.png", args, history, images, labels, output)
     except (Exception, SystemExit) as error:  # noqa: BLE001
         print(f"mnist_cnn.py: warning: no report.png: {error}", file=sys.stderr)
+
+
+def take_turns(trainings, device):
+    """Run trainings on a GPU, ten side by side: in a third of the time.
+
+    Each has its stream, and its state of the random generator.
+    """
+    torch.cuda.set_device(device)
+    generator = torch.cuda.default_generators[device.index]
+    turns = [[x, torch.cuda.Stream(), generator.clone_state()] for x in trainings]
+    while turns:
+        for turn in turns[:10]:  # a copy: when one ends, the next moves up
+            training, stream, state = turn
+            generator.graphsafe_set_state(state)
+            with torch.cuda.stream(stream):
+                if next(training, "finished"):
+                    turns.remove(turn)
+            turn[2] = generator.graphsafe_get_state()
 
 
 # ---- Files, picture, statistics ----
@@ -426,7 +439,6 @@ def save(path, content):
 
 def draw_report(path, args, history, images, labels, output):
     """Draw training curves, confusion matrix, most confident mistakes."""
-    os.environ.pop("MPLBACKEND", None)  # a notebook's may not load here
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6), layout="constrained")
@@ -468,20 +480,22 @@ def draw_report(path, args, history, images, labels, output):
     save(path, buffer.getvalue())
 
 
-def student_t(freedom, level=0.95):
+def student_t(df, level=0.95):
     """Return Student's t for a two-sided confidence level."""
-    # Over angle = arctan(t / sqrt(freedom)), its density is cos^(freedom - 1).
+    # Over angle = arctan(t / sqrt(df)), its density is cos^(df - 1).
     angle = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)
-    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
+    mass = torch.cumulative_trapezoid(angle.cos() ** (df - 1), angle)
     index = torch.searchsorted(mass, level * mass[-1])
-    return freedom**0.5 * angle[index + 1].tan().item()
+    return df**0.5 * angle[index + 1].tan().item()
 
 
-def interval(values):
-    """Return low, mean and high of the 95 % confidence interval."""
+def mean_text(values):
+    """Return the mean ± half of its 95 % confidence interval, for print."""
     n, mean = len(values), statistics.mean(values)
-    half = student_t(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0
-    return mean - half, mean, mean + half
+    if n == 1:
+        return f"{mean:.2f}"
+    half = student_t(n - 1) * statistics.stdev(values) / n**0.5
+    return f"{mean:.2f} ± {half:.2f}"
 
 
 def verdict(first, second, level):
@@ -495,8 +509,8 @@ def verdict(first, second, level):
     if abs(difference) < 1e-9:
         return "no difference"
     # Welch (1947); seeds for a power of 80 % (z = 0.84): Guenther (1981)
-    freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
-    half = (a + b) ** 0.5 * student_t(freedom, level)
+    df = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
+    half = (a + b) ** 0.5 * student_t(df, level)
     text = f"{difference:+.3f} ± {half:.3f}  "
     if abs(difference) > half:
         return text + ("better" if difference > 0 else "worse")
@@ -534,27 +548,6 @@ def open_folder(folder, args, datasets):
     print(f"On {args.device}; to continue after a stop: --resume {folder}")
 
 
-def take_turns(trainings, device):
-    """Run trainings side by side on a GPU: three times as fast as one by one.
-
-    Each has its stream, and its state of the random generator.
-    """
-    torch.cuda.set_device(device)
-    generator = torch.cuda.default_generators[device.index]
-    turns = []
-    for training in trainings:
-        state = torch.Generator(device).graphsafe_get_state()
-        turns.append([training, torch.cuda.Stream(), state])
-    while turns:
-        for turn in turns.copy():
-            training, stream, state = turn
-            generator.graphsafe_set_state(state)
-            with torch.cuda.stream(stream):
-                if next(training, "finished"):
-                    turns.remove(turn)
-            turn[2] = generator.graphsafe_get_state()
-
-
 def train(args):
     """Train --runs models and print their mean accuracy."""
     with suppress(ImportError):
@@ -571,13 +564,13 @@ def train(args):
         if not (seed_folder / "result.json").exists():
             trainings.append(train_seed(args, seed, *datasets, seed_folder))
     if trainings:
-        print(COLUMNS)
-    images = datasets[0][0]
-    while images.is_cuda and trainings:
-        take_turns(trainings[:10], images.device)
-        del trainings[:10]
-    for training in trainings:
-        deque(training, maxlen=0)  # runs it to its end
+        print(HEAD)
+    device = datasets[0][0].device
+    if device.type == "cuda":
+        take_turns(trainings, device)
+    else:
+        for _ in itertools.chain(*trainings):
+            pass
     (accuracies,) = compare([str(folder)])
     if diverged := args.runs - len(accuracies):
         fail(f"{diverged} of {args.runs} seeds diverged: not in the mean")
@@ -623,11 +616,10 @@ def predict_pictures(args, model):
     failed = len(args.predict)
     for path in args.predict:
         with suppress(SystemExit), exit_on_error(path):  # and read the next
-            image = read_picture(path)
+            image = read_picture(path).to(args.device)
             for row in image.view(14, 2, 28).amax(dim=1).tolist():
                 print("".join(" .:-=+*#%@"[value // 26] for value in row))
-            output = predict(model, image.to(args.device), args.tta)[0]
-            percent, digit = (100 * output.exp()).topk(2)
+            percent, digit = (100 * predict(model, image, args.tta)[0].exp()).topk(2)
             print(f"{path}: {digit[0]} ({percent[0]:.1f} %)", end="")
             print(f", or {digit[1]} ({percent[1]:.1f} %)" if percent[0] < 90 else "")
             failed -= 1
@@ -655,24 +647,17 @@ def compare(folders):
     configs, runs = zip(*map(read_run, folders))
     if len({config.get("data") for config in configs}) > 1:
         fail("cannot compare: not the same data and --holdout")
-    intervals = [interval(values) for values in runs]
-    lowest, highest = min(intervals)[0], max(high for _, _, high in intervals)
-    scale = 23 / (highest - lowest or 1)  # characters per point
     level = 1 - 0.05 / max(1, len(runs) - 1)  # Bonferroni's correction
     kind = "validation" if configs[0].get("holdout") else "test"
     width = max(map(len, folders))
     print(f"{'run':{width}}    n  {kind} accuracy, %; difference from the first")
-    for folder, config, values, ends in zip(folders, configs, runs, intervals):
-        left, middle, right = (round((end - lowest) * scale) for end in ends)
-        strip = " " * left + "-" * (middle - left) + "o" + "-" * (right - middle)
-        spread = f" ± {ends[2] - ends[1]:.2f}" if len(values) > 1 else ""
-        words = ""
+    for folder, config, values in zip(folders, configs, runs):
+        row = f"{folder:{width}} {len(values):4}  {mean_text(values)}"
         if values is not runs[0]:
-            words = verdict(runs[0], values, level)
+            row += f"  {verdict(runs[0], values, level)}"
         if diverged := config["runs"] - len(values):
-            words += f"  {diverged} of {config['runs']} diverged"
-        row = f"{len(values):4}  {ends[1]:.2f}{spread:7} |{strip:24}|  {words}"
-        print(f"{folder:{width}} {row}".rstrip())
+            row += f"  {diverged} of {config['runs']} diverged"
+        print(row)
     print(f"Confidence: 95 % of a mean, {100 * level:.4g} % of a difference")
     return runs
 
@@ -709,8 +694,8 @@ def make_parser():
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (see --help)", 2)
     count, natural = number(int, 1, 100_000), number(int, 0, 100_000)
-    positive, share = number(float, 0, math.inf), number(float, 0, 1)
-    ratio, size = number(float, 1, math.inf), number(float, 0, 360)
+    at_least_0, fraction = number(float, 0, math.inf), number(float, 0, 1)
+    ratio, maximum = number(float, 1, math.inf), number(float, 0, 360)
     add = parser.add_argument
 
     def flag(name, kind, default, text):
@@ -719,14 +704,14 @@ def make_parser():
     add("--recipe", choices=RECIPES, default="reference", help="sets the defaults")
     flag("--epochs", number(int, 1, 10_000), 19, "passes over the training set")
     flag("--batch-size", count, 128, "images in a training batch")
-    flag("--lr", positive, 0.015, "maximum learning rate")
-    flag("--momentum", share, 0.9, "momentum of SGD")
-    flag("--weight-decay", positive, 1e-4, "L2 penalty")
+    flag("--lr", at_least_0, 0.015, "maximum learning rate")
+    flag("--momentum", fraction, 0.9, "momentum of SGD")
+    flag("--weight-decay", at_least_0, 1e-4, "L2 penalty")
     flag("--width", number(int, 1, 100), 1, "multiplies the channels")
-    flag("--dropout", share, 0.05, "dropout probability")
-    flag("--rotation", size, 7.0, "maximum random rotation, degrees")
-    flag("--shift", size, 0.0, "maximum random shift, pixels")
-    flag("--pct-start", share, 0.2, "warm-up, share of all steps")
+    flag("--dropout", fraction, 0.05, "dropout probability")
+    flag("--rotation", maximum, 7.0, "maximum random rotation, degrees")
+    flag("--shift", maximum, 0.0, "maximum random shift, pixels")
+    flag("--pct-start", fraction, 0.2, "warm-up, fraction of all steps")
     flag("--div-factor", ratio, 10.0, "maximum / initial learning rate")
     flag("--final-div-factor", ratio, 100.0, "initial / final learning rate")
     flag("--seed", natural, 1, "seed of the first model")

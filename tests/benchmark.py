@@ -76,8 +76,8 @@ def this_script(args, precision):
     model.train()
 
     def run(steps):
-        images = train_set[0][: steps * BATCH_SIZE]
-        list(mnist_cnn.train_epoch(step, scheduler, sums, images, BATCH_SIZE))
+        count = min(steps * BATCH_SIZE, len(train_set[0]))
+        list(mnist_cnn.train_epoch(step, scheduler, sums, count, flags))
 
     return run
 

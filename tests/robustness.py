@@ -54,11 +54,7 @@ def main():
         changes = itertools.product(degrees, pixels, pixels)
         variants = [changed(images, *change) for change in changes]
         data = torch.cat(variants), labels.repeat(len(variants))
-        cells = []
-        for run in args.runs:
-            _, mean, high = mnist_cnn.interval(accuracies(run, *data))
-            spread = f" ± {high - mean:.2f}" if high > mean else ""
-            cells.append(f"{mean:.2f}{spread}")
+        cells = [mnist_cnn.mean_text(accuracies(run, *data)) for run in args.runs]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -23,7 +23,7 @@ def test_a_step_without_a_cuda_graph_gives_the_same_weights(
     call, data, tmp_path, monkeypatch, precision, momentum
 ):
     flags = ["--data-dir", data, "--device", "cuda", "--epochs", 2]
-    flags += ["--precision", precision, "--momentum", momentum, "--shift", 1, "--out"]
+    flags += ["--precision", precision, "--momentum", momentum, "--runs", 2, "--out"]
     assert call(*flags, "graph").returncode == 0
     forward = Net.forward
     # .item() waits for the device, which no graph can.
@@ -32,17 +32,29 @@ def test_a_step_without_a_cuda_graph_gives_the_same_weights(
     )
     process = call(*flags, "none")
     assert "warning: no CUDA graph" in process.stderr
-    assert_same_run(tmp_path / "graph" / "seed-1", tmp_path / "none" / "seed-1")
+    for seed in ("seed-1", "seed-2"):
+        assert_same_run(tmp_path / "graph" / seed, tmp_path / "none" / seed)
+
+
+def test_seeds_side_by_side_equal_each_alone(call, data, tmp_path):
+    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 2, "--out"]
+    assert call(*flags, "many", "--runs", 12).returncode == 0
+    for seed in (1, 5, 12):
+        assert call(*flags, f"seed {seed}", "--seed", seed).returncode == 0
+        name = f"seed-{seed}"
+        assert_same_run(tmp_path / "many" / name, tmp_path / f"seed {seed}" / name)
 
 
 def test_a_killed_run_is_resumed_to_the_same_weights(data, tmp_path):
-    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 4, "--out"]
+    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 4]
+    flags += ["--runs", 2, "--out"]
     assert run(*flags, "whole", cwd=tmp_path).returncode == 0
     with start(*flags, "cut", cwd=tmp_path) as process:
         next(line for line in process.stdout if rows(line))
         process.kill()
     assert run("--resume", "cut", cwd=tmp_path).returncode == 0
-    assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / "cut" / "seed-1")
+    for seed in ("seed-1", "seed-2"):
+        assert_same_run(tmp_path / "whole" / seed, tmp_path / "cut" / seed)
 
 
 def test_one_training_step_agrees_with_the_cpu():

@@ -65,7 +65,7 @@ def epoch(args, training, steps):
     sums = torch.zeros(2, device="cuda")
     labels = images[:, 0, 0].long()
     step = mnist_cnn.make_step(model, optimizer, args, images, labels, sums)
-    return mnist_cnn.train_epoch(step, scheduler, sums, images, args.batch_size)
+    return mnist_cnn.train_epoch(step, scheduler, sums, len(images), args)
 
 
 def test_an_epoch_mixes_no_devices_and_waits_only_at_its_end(started):
