@@ -13,8 +13,6 @@ import sys
 import pytest
 from conftest import ROW, SCRIPT, assert_one_line, result, rows, run, start
 
-# What it prints
-
 
 def test_a_run_prints_layers_resume_command_rows_and_result(trained):
     folder, output = trained
@@ -62,17 +60,11 @@ def test_an_ascii_terminal_gets_the_whole_result(trained):
     assert re.search(r" 3  \d+\.\d\d \? \d", process.stdout)
 
 
-# Settings
-
-
 def test_an_explicit_flag_overrides_the_recipe(call, data):
     flags = ["--data-dir", data, "--dry-run", "--div-factor", 1, "--pct-start", 0]
     for order in (["--recipe", "best", "--lr", 0.5], ["--lr", 0.5, "--recipe", "best"]):
         # The only step is the last: a hundredth of the maximum.
         assert rows(call(*flags, *order).stdout)[0][2] == "0.005"
-
-
-# Bad input
 
 
 @pytest.mark.parametrize(
@@ -128,9 +120,6 @@ def test_a_flag_that_is_unknown_or_does_not_go_with_the_others_is_refused(
     assert_one_line(call(*flags.split()), 2, text)
 
 
-# Signals and broken streams
-
-
 def start_long_run(data, folder, **options):
     """Start a run of very many epochs and return it after its first one."""
     process = start("--data-dir", data, "--epochs", 9999, cwd=folder, **options)
@@ -160,9 +149,6 @@ def test_a_reader_of_the_output_that_goes_away_leaves_one_line(data, tmp_path, c
     assert errors.startswith("mnist_cnn.py: error: ")
     assert errors.count("\n") == 1
     assert process.returncode in (1, 130)  # Ctrl-C or the closed pipe may be first
-
-
-# Where it runs
 
 
 def run_code(code, *flags):

@@ -95,17 +95,14 @@ def test_without_a_spread_there_is_no_verdict(verdict):
 
 
 def test_a_comparison_has_a_row_for_each_run(compare):
-    process = compare([97.0, 97.1, 97.2], [99.0, 99.1, 99.2])
+    process = compare([97.0, 97.1, 97.2], [99.0, 99.1, 99.2], [99.5])
     assert "test accuracy" in process.stdout.splitlines()[0]
     # 0.1 / 3 ** 0.5 * scipy.stats.t.ppf(0.975, 2)
     assert [row[:3] for row in rows(process)] == [
         ("run-1", "3", "97.10 ± 0.25"),
         ("run-2", "3", "99.10 ± 0.25"),
+        ("run-3", "1", "99.50"),
     ]
-
-
-def test_one_seed_has_no_interval(compare):
-    assert [row[1:3] for row in rows(compare([99.0]))] == [("1", "99.00")]
 
 
 def test_results_on_other_images_are_not_compared(compare, call, tmp_path):

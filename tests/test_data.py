@@ -81,9 +81,6 @@ def test_each_image_has_its_own_shift_from_the_range_of_the_flag():
         assert shifted.mean().item() == pytest.approx(0, abs=0.12)  # 3 standard errors
 
 
-# Files
-
-
 def idx_files(folder):
     return sorted((folder / "MNIST" / "raw").iterdir())
 
@@ -181,9 +178,6 @@ def test_a_download_that_fails_leaves_no_file(call, tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.MNIST", broken_download)
     assert_one_line(call("--data-dir", "data"), 1, "connection lost")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-# The validation set
 
 
 def test_with_a_holdout_the_test_set_is_not_read(call, small, no_network):
