@@ -110,6 +110,7 @@ def test_a_device_that_cannot_compute_is_refused(call, device):
         ("--resume x --compare y", "--resume does not go with --compare"),
         ("--resume=x --lr=0.015", "--lr does not go with --resume"),
         ("--predict x.png", "--predict needs --evaluate FILE"),
+        ("--synthetic --holdout 12000", "--holdout 12000 leaves nothing to train on"),
         ("--learning-rate=1", "--learning-rate"),
         ("--epoch=1", "--epoch"),
     ],

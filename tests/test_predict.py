@@ -80,17 +80,11 @@ def turned_by_a_phone(picture):
     return turned
 
 
-def rectangle(left, top, width, height):
-    right, bottom = left + width - 1, top + height - 1
-    return [(left, top), (right, top), (right, bottom), (left, bottom)]
-
-
 place = random.Random(1)
-SPECKS = [
-    rectangle(place.randrange(400), place.randrange(500), 6, 6) for _ in range(25)
-]
-LINES = [rectangle(0, y, 400, 3) for y in range(59, 500, 125)]
-SPOT = [rectangle(120, 150, 161, 201)]
+DOTS = [(place.randrange(400), place.randrange(500)) for _ in range(25)]
+SPECKS = [[(x, y), (x + 5, y), (x + 5, y + 5), (x, y + 5)] for x, y in DOTS]
+LINES = [[(0, y), (400, y), (400, y + 2), (0, y + 2)] for y in range(59, 500, 125)]
+SPOT = [[(120, 150), (280, 150), (280, 350), (120, 350)]]
 SLOPE = Image.linear_gradient("L").rotate(90).resize(SIZE)
 PAPERS = {
     "white paper": paper(255),
