@@ -115,9 +115,7 @@ def test_a_device_that_cannot_compute_is_refused(call, device):
         ("--epoch=1", "--epoch"),
     ],
 )
-def test_a_flag_that_is_unknown_or_does_not_go_with_the_others_is_refused(
-    call, flags, text
-):
+def test_a_flag_that_is_unknown_or_does_not_fit_is_refused(call, flags, text):
     assert_one_line(call(*flags.split()), 2, text)
 
 
@@ -154,10 +152,8 @@ def test_a_reader_of_the_output_that_goes_away_leaves_one_line(data, tmp_path, c
 
 def run_code(code, *flags):
     """Run Python code, then the script with flags in the same process."""
-    code += (
-        "\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    code = f"import io, runpy, sys\n{code}\nsys.stderr.write('on')"
+    script = "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    code = f"import io, runpy, sys\n{code}\n{script}\nsys.stderr.write('on')"
     command = [sys.executable, "-c", code, SCRIPT, *map(str, flags)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 

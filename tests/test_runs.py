@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -87,9 +88,7 @@ def test_a_seed_that_diverged_is_counted_and_not_trained_again(copy, call):
     assert result(copy / "seed-6") == diverged
 
 
-def test_every_seed_that_diverges_is_recorded_and_told_what_to_try(
-    call, data, tmp_path
-):
+def test_seeds_that_diverge_are_recorded_with_what_to_try(call, data, tmp_path):
     flags = ["--data-dir", data, "--lr", 1e9, "--epochs", 3, "--runs", 2]
     process = call(*flags, "--out", "run")
     assert_one_line(process, 1, "diverged", "for example, a lower --lr")
@@ -227,9 +226,7 @@ def test_a_damaged_file_ends_with_one_line_and_no_table(call, copy, name, conten
     assert "accuracy" not in process.stdout
 
 
-def test_a_full_disk_ends_a_run_with_one_line_and_a_good_checkpoint(
-    call, data, tmp_path
-):
+def test_a_full_disk_ends_a_run_with_a_good_checkpoint(call, data, tmp_path):
     limits = pytest.importorskip("resource", reason="limits files as POSIX does")
     flags = ["--data-dir", data, "--device", "cpu", "--epochs", 3, "--out"]
     call(*flags, "whole")
@@ -263,11 +260,9 @@ FAILURES = [RuntimeError("no font"), SystemExit(3), OSError(28, "disk full")]
 
 @pytest.mark.parametrize("failure", FAILURES, ids=repr)
 def test_whatever_drawing_does_is_a_warning(copy, call, monkeypatch, failure):
-    def fail(*_):
-        raise failure
-
     unfinish(copy / "seed-6", 2)
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    drawing = Mock(side_effect=failure)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", drawing)
     process = call("--resume", "copy")
     assert process.returncode == 0
     assert process.stderr.startswith("mnist_cnn.py: warning: no report.png: ")
@@ -277,9 +272,7 @@ def test_whatever_drawing_does_is_a_warning(copy, call, monkeypatch, failure):
 
 
 @pytest.mark.parametrize("mistakes", [0, 3, 30])
-def test_the_picture_shows_at_most_twelve_mistakes(
-    datasets, monkeypatch, tmp_path, mistakes
-):
+def test_at_most_twelve_mistakes_are_drawn(datasets, monkeypatch, tmp_path, mistakes):
     from matplotlib.figure import Figure
 
     drawn = []

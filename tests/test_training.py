@@ -17,9 +17,7 @@ Dropout-22 0, Conv2d-23 170, AdaptiveAvgPool2d-24 0
 """
 
 
-def test_a_run_prints_the_24_layers_and_9798_parameters_fewer_than_ten_thousand(
-    trained,
-):
+def test_a_run_prints_its_24_layers_and_fewer_than_10000_parameters(trained):
     output = trained[1]
     rows = [line.split() for line in output.splitlines() if "[-1," in line]
     expected = [row.split() for row in SUMMARY.replace("\n", " ").split(", ")]
@@ -42,11 +40,9 @@ def test_dropout_drops_a_fraction_p_independently_and_scales_the_others(p):
         assert both == pytest.approx(p**2, abs=2e-3 * p)  # 4 standard errors
 
 
-@pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last]
-)
-def test_dropout_stops_the_gradient_where_it_dropped(memory_format):
-    x = torch.ones(4, 10, 6, 6).to(memory_format=memory_format).requires_grad_()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_stops_the_gradient_where_it_dropped(layout):
+    x = torch.ones(4, 10, 6, 6).to(memory_format=layout).requires_grad_()
     output = Dropout(0.3)(x)
     output.backward(torch.full((4, 10, 6, 6), 2.0))  # arrives channels first
     torch.testing.assert_close(x.grad, 2 * output.detach())
@@ -68,9 +64,7 @@ OTHERS = {"pct_start": 0.5, "div_factor": 4, "final_div_factor": 50}
 
 
 @pytest.mark.parametrize(("lr", "settings"), [(0.015, DEFAULTS), (0.1, OTHERS)])
-def test_the_learning_rate_of_each_batch_is_that_of_one_cycle_lr(
-    train, steps, lr, settings
-):
+def test_each_learning_rate_is_that_of_one_cycle_lr(train, steps, lr, settings):
     flags = ["--lr=0.1", "--pct-start=0.5", "--div-factor=4", "--final-div-factor=50"]
     flags = [] if settings is DEFAULTS else flags
     folder = train("--epochs", 3, "--batch-size", 64, *flags)
