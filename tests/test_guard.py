@@ -14,11 +14,11 @@ if not (torch.version.cuda and hasattr(torch._C, "_ensureCUDADeviceGuardSet")):
 
 
 class Watch(TorchDispatchMode):
-    """Lists waits for the device, and does what fake tensors cannot."""
+    """Counts kernels, lists waits for the device, and does what fake tensors cannot."""
 
     def __init__(self):
         super().__init__()
-        self.waits, self.dtypes = [], set()
+        self.kernels, self.waits, self.dtypes = 0, [], set()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name, tags, result = operation.name(), operation.tags, None
@@ -35,6 +35,8 @@ class Watch(TorchDispatchMode):
         if len(devices) > 1 or (waits and "cuda" in devices):  # two: a copy
             self.waits.append(name)
         self.dtypes.update(tensor.dtype for tensor in tensors)
+        launches = name.startswith("aten::") and "empty" not in name
+        self.kernels += launches and not operation.is_view
         return result
 
 
@@ -84,6 +86,15 @@ def test_evaluation_and_prediction_mix_no_devices(started, tta):
         output = mnist_cnn.predict(model, images, tta)
         mnist_cnn.loss_and_accuracy(output, images[:, 0, 0].long())
         mnist_cnn.predict(model, images[:1], tta)
+
+
+def test_print_the_kernels_of_a_step_without_its_backward_pass(started, request):
+    steps = epoch(*started, 3)
+    with Watch():
+        next(steps)  # shuffles
+    with Watch() as watch:
+        next(steps)
+    print(request.node.callspec.id, "launches", watch.kernels, "kernels")
 
 
 def test_the_watch_sees_every_kind_of_wait():

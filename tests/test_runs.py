@@ -78,14 +78,28 @@ def test_a_seed_of_several_runs_equals_that_seed_alone(trained, train):
     assert_same_run(trained[0] / "seed-6", alone)
 
 
-def test_a_seed_that_diverged_is_counted_and_not_trained_again(copy, call):
-    diverged = {"diverged_in_epoch": 2}
-    (copy / "seed-6" / "result.json").write_text(json.dumps(diverged))
-    resumed, compared = call("--resume", "copy"), call("--compare", "copy")
-    assert_one_line(resumed, 1, "1 of 3 seeds diverged")
-    for process in (resumed, compared):
-        assert re.search(r"^copy +2 .* 1 of 3 diverged$", process.stdout, re.MULTILINE)
-    assert result(copy / "seed-6") == diverged
+@pytest.fixture
+def diverging(data, call, monkeypatch, tmp_path):
+    """Three seeds of which the second diverges in its second epoch: folder, process."""
+    epochs = iter(range(1, 100))
+    train_epoch = mnist_cnn.train_epoch
+
+    def break_the_fourth(*training):
+        lr, loss, accuracy = yield from train_epoch(*training)
+        return lr, float("nan") if next(epochs) == 4 else loss, accuracy
+
+    monkeypatch.setattr(mnist_cnn, "train_epoch", break_the_fourth)
+    flags = ["--data-dir", data, "--epochs", 2, "--runs", 3, "--out", "run"]
+    return tmp_path / "run", call(*flags)
+
+
+def test_a_seed_that_diverges_is_recorded_and_not_trained_again(diverging, call):
+    folder, first = diverging
+    for process in (first, call("--resume", "run")):
+        assert_one_line(process, 1, "1 of 3 seeds diverged")
+        assert re.search(r"^run +2 .* 1 of 3 diverged$", process.stdout, re.MULTILINE)
+        assert result(folder / "seed-2") == {"diverged_in_epoch": 2}
+    assert "1 of 3 diverged" in call("--compare", "run").stdout
 
 
 def test_seeds_that_diverge_are_recorded_with_what_to_try(call, data, tmp_path):
