@@ -37,21 +37,25 @@ def test_a_synthetic_run_needs_no_download(call, no_network):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_terminal_shows_a_bar_with_loss_and_accuracy(data, tmp_path):
+def test_a_terminal_shows_a_bar_with_loss_and_accuracy_that_ctrl_c_erases(
+    data, tmp_path
+):
     import fcntl
     import termios
 
     controller, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    flags = ["--data-dir", data, "--epochs", 1, "--batch-size", 2]
-    with start(*flags, cwd=tmp_path, stdout=terminal, stderr=terminal):
+    flags = ["--data-dir", data, "--epochs", 9, "--batch-size", 2]
+    shown = b""
+    with start(*flags, cwd=tmp_path, stdout=terminal, stderr=terminal) as process:
         os.close(terminal)
-        shown = b""
+        while not re.search(rb"/300.*accuracy=\d.*loss=\d", shown):
+            shown += os.read(controller, 100_000)  # fails when the run has ended
+        process.send_signal(signal.SIGINT)
         with contextlib.suppress(OSError):  # Linux's word for the end
             while more := os.read(controller, 100_000):
                 shown += more
-    assert b"/300" in shown
-    assert re.search(rb"accuracy=\d.*loss=\d|loss=\d.*accuracy=\d", shown)
+    assert re.search(rb" [\r\n]mnist_cnn.py: error: stopped", shown)
 
 
 def test_an_ascii_terminal_gets_the_whole_result(trained):
