@@ -55,7 +55,7 @@ def test_a_terminal_shows_a_bar_with_loss_and_accuracy_that_ctrl_c_erases(
         with contextlib.suppress(OSError):  # Linux's word for the end
             while more := os.read(controller, 100_000):
                 shown += more
-    assert re.search(rb" [\r\n]mnist_cnn.py: error: stopped", shown)
+    assert re.search(rb"[\r\n]mnist_cnn.py: error: stopped", shown)
 
 
 def test_an_ascii_terminal_gets_the_whole_result(trained):
