@@ -592,7 +592,7 @@ def read_picture(path):
     grey, near, far = torch.tensor(np.stack([grey, near, far])).float().split(1)
     # Ink differs from its surroundings, in any light.
     ink = max(far - grey, grey - far, key=torch.max)
-    ink = F.threshold(ink, max(40, 0.4 * ink.max().item()), 0)
+    ink = F.threshold(ink, max(20, 0.4 * ink.max().item()), 0)
     # Connected ink takes its largest number, 1e6 at the picture's edge.
     regions = torch.arange(1.0, 1 + ink.numel()).view(ink.shape)[:, 1:-1, 1:-1]
     regions = F.pad(regions, (1, 1, 1, 1), value=1e6) * ink.sign()
@@ -601,7 +601,7 @@ def read_picture(path):
     sizes = regions[(0 < regions) & (regions < 1e6)].long().bincount(minlength=1)
     ink = ink * (regions == sizes.argmax())
     sharpness = ((near - grey) * ink.sign()).abs().max()  # low: a shadow
-    if sizes.max() < 40 or sharpness < 0.26 * ink.max():
+    if sizes.max() < 40 or ink.max() < 32 or sharpness < 0.26 * ink.max():
         raise ValueError("no sharp digit clear of its edges")
     y, x = ink[0].nonzero().numpy().T
     half = 0.7 * max(np.ptp(x), np.ptp(y)) + 1  # 20 of 28 pixels, as in MNIST

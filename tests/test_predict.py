@@ -83,7 +83,10 @@ def turned_by_a_phone(picture):
 place = random.Random(1)
 DOTS = [(place.randrange(400), place.randrange(500)) for _ in range(25)]
 SPECKS = [[(x, y), (x + 5, y), (x + 5, y + 5), (x, y + 5)] for x, y in DOTS]
-LINES = [[(0, y), (400, y), (400, y + 2), (0, y + 2)] for y in range(59, 500, 125)]
+LINES, LOWER = (
+    [[(0, y), (400, y), (400, y + 2), (0, y + 2)] for y in range(start, 500, 125)]
+    for start in (59, 60)
+)
 SPOT = [[(120, 150), (280, 150), (280, 350), (120, 350)]]
 SLOPE = Image.linear_gradient("L").rotate(90).resize(SIZE)
 PAPERS = {
@@ -96,6 +99,7 @@ PAPERS = {
     "the light of a lamp": paper(120, 190, SPOT, 25),
     "a dark corner": paper(200, 60, [[(300, 500), (400, 500), (400, 390)]], 3),
     "ruled paper": paper(215, 170, LINES),
+    "ruled paper, a pixel lower": paper(215, 170, LOWER),
     "specks": paper(200, 60, SPECKS),
 }
 OTHERS = {
