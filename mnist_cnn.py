@@ -240,9 +240,12 @@ def make_training(args, seed, total_steps):
     torch.manual_seed(seed * 10_000)
     torch.backends.cudnn.deterministic = True  # the seed fixes the weights
     model = make_model(args.width, args.dropout, args.device, args.precision)
-    weights, decay = model.parameters(), args.weight_decay
     optimizer = torch.optim.SGD(
-        weights, args.lr, args.momentum, weight_decay=decay, fused=True
+        model.parameters(),
+        args.lr,
+        args.momentum,
+        weight_decay=args.weight_decay,
+        fused=True,
     )
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
