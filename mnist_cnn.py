@@ -23,13 +23,14 @@ import tempfile
 import time
 import zlib
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 
 SOURCE = Path(__file__).read_bytes()  # saved with the results
@@ -97,22 +98,17 @@ def affine(images, degrees, shifts):
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def normalise(images):
-    """Return pixels of 0 to 255 with mean 0 and standard deviation 1."""
-    return (images / 255 - MEAN) / STD
+def prepare(images, rotation=0, shift=0):
+    """Return normalised inputs (N, 1, 28, 28) of images (N, 28, 28).
 
-
-def augment(images, rotation, shift):
-    """Return inputs (N, 1, 28, 28), each image rotated and shifted at random.
-
-    rotation (degrees) and shift (pixels) are the maxima in either direction.
+    Each is rotated (at most so many degrees) and shifted (pixels) at random.
     """
     images = images[:, None].float()
     if rotation or shift:
         degrees = images.new_empty(len(images)).uniform_(-rotation, rotation)
         shifts = images.new_empty(len(images), 2).uniform_(-shift, shift)
         images = affine(images, degrees, shifts)
-    return normalise(images)
+    return (images / 255 - MEAN) / STD
 
 
 def synthetic_digits(count, seed):
@@ -269,7 +265,7 @@ def make_step(model, optimizer, args, images, labels, sums):
     def step(index):
         target = labels[index]
         optimizer.zero_grad()
-        output = model(augment(images[index], args.rotation, args.shift))
+        output = model(prepare(images[index], args.rotation, args.shift))
         loss = F.nll_loss(output, target)
         loss.backward()
         optimizer.step()
@@ -349,8 +345,7 @@ def predict(model, images, tta=False):
         shifts = [padded[:, y : y + 28, x : x + 28] for y in range(3) for x in range(3)]
         outputs = torch.stack([predict(model, shifted) for shifted in shifts])
         return outputs.logsumexp(dim=0) - math.log(9)
-    batches = images[:, None].split(1000)
-    return torch.cat([model(normalise(batch)) for batch in batches])
+    return torch.cat([model(prepare(batch)) for batch in images.split(1000)])
 
 
 def loss_and_accuracy(output, labels):
@@ -359,8 +354,14 @@ def loss_and_accuracy(output, labels):
     return F.nll_loss(output, labels).item(), 100 * correct / len(labels)
 
 
-def train_seed(args, seed, train_set, test_set, folder):
-    """Train the model of a seed and leave its files in a folder; a generator."""
+def train_seed(args, seed, train_set, test_set, run):
+    """Train the model of a seed and leave its files in the run's folder.
+
+    A generator, as train_epoch is.
+    """
+    folder = run / f"seed-{seed}"
+    if (folder / "result.json").exists():  # of a run that is resumed
+        return
     folder.mkdir(exist_ok=True)
     images, labels = test_set
     steps = math.ceil(len(train_set[0]) / args.batch_size)
@@ -383,8 +384,7 @@ def train_seed(args, seed, train_set, test_set, folder):
         torch.manual_seed(seed * 10_000 + epoch)  # resuming needs no RNG state
         model.train()
         row = yield from train_epoch(step, scheduler, sums, len(train_set[0]), args)
-        row = [seed, epoch, *row]
-        row += loss_and_accuracy(predict(model, images), labels)
+        row = [seed, epoch, *row, *loss_and_accuracy(predict(model, images), labels)]
         row += [time.perf_counter() - start]
         row = dict(zip(HEAD.split(), row, strict=True))
         history.append(row)
@@ -444,11 +444,8 @@ def draw_report(path, args, history, images, labels, output):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6), layout="constrained")
-    rows = ["loss", "error in %", "confusion matrix"], ["most confident mistakes"] * 3
-    axes = figure.subplot_mosaic(rows, height_ratios=(4, 1))
-    for title, ax in axes.items():
-        ax.set_title(title)
-    loss, error, matrix, mistakes = axes.values()
+    grid = figure.add_gridspec(4, 12)
+    loss, error, matrix = (figure.add_subplot(grid[:3, x : x + 4]) for x in (0, 4, 8))
 
     epochs = [row["epoch"] for row in history]
     eval_set = "validation" if args.holdout else "test"
@@ -457,27 +454,27 @@ def draw_report(path, args, history, images, labels, output):
         errors = [100 - row[f"{name}_accuracy"] for row in history]
         loss.plot(epochs, losses, ".-", label=label)
         error.plot(epochs, errors, ".-", label=label)
-    for ax in (loss, error):
-        ax.set(xlabel="epoch", xticks=epochs[:: len(epochs) // 10 + 1], yscale="log")
+    for ax, title in ((loss, "loss"), (error, "error in %")):
+        ax.set(title=title, xlabel="epoch", yscale="log")
+        ax.set_xticks(epochs[:: len(epochs) // 10 + 1])
         ax.legend()
 
     images, labels = images.cpu(), labels.cpu()
     confidence, predicted = output.cpu().max(dim=1)
     counts = torch.bincount(labels * 10 + predicted, minlength=100).view(10, 10)
     matrix.imshow((counts - counts.diag().diag()).numpy(), cmap="Oranges")
-    matrix.set(xlabel="predicted digit", ylabel="true digit")
+    matrix.set(title="confusion matrix", xlabel="predicted digit", ylabel="true digit")
     matrix.set(xticks=range(10), yticks=range(10))
     for y, x in counts.nonzero().tolist():
         matrix.text(x, y, counts[y, x].item(), ha="center", va="center")
 
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)[:12]]
-    strip = images[wrong].transpose(0, 1).flatten(1)
-    strip = F.pad(strip, (0, 12 * 28 - strip.shape[1]))
-    mistakes.imshow(strip.numpy(), cmap="gray_r")
-    names = [f"{labels[i]} as {predicted[i]}" for i in wrong]
-    centres = range(14, 28 * len(names), 28)
-    mistakes.set(xticks=centres, xticklabels=names, yticks=[])
+    for place, i in enumerate(wrong):
+        ax = figure.add_subplot(grid[3, place], xticks=[], yticks=[])
+        ax.set_title(f"{labels[i]} as {predicted[i]}")
+        ax.imshow(images[i].numpy(), cmap="gray_r")
+    figure.supxlabel("most confident mistakes")
     figure.savefig(buffer := io.BytesIO())
     save(path, buffer.getvalue())
 
@@ -551,7 +548,15 @@ def open_folder(folder, args, datasets):
 
 
 def train(args):
-    """Train --runs models and print their mean accuracy."""
+    """Train --runs models and print their mean accuracy.
+
+    Processes that torchrun started share the seeds; the first one prints.
+    """
+    rank, ranks = 0, 1
+    if torchrun := distributed.is_torchelastic_launched():
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        rank, ranks = distributed.get_rank(), distributed.get_world_size()
+        sys.stdout = io.StringIO() if rank else sys.stdout
     with suppress(ImportError):
         from torchsummary import summary
 
@@ -559,20 +564,24 @@ def train(args):
     datasets = load_datasets(args)
     name = time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
     folder = Path(args.resume or args.out or name)
-    open_folder(folder, args, datasets)
-    trainings = []
-    for seed in range(args.seed, args.seed + args.runs):
-        seed_folder = folder / f"seed-{seed}"
-        if not (seed_folder / "result.json").exists():
-            trainings.append(train_seed(args, seed, *datasets, seed_folder))
-    if trainings:
-        print(HEAD)
+    if rank == 0:
+        open_folder(folder, args, datasets)
+    if torchrun:
+        distributed.broadcast_object_list(shared := [folder])
+        (folder,) = shared
+    print(HEAD)
+    seeds = range(args.seed, args.seed + args.runs)[rank::ranks]
+    trainings = [train_seed(args, seed, *datasets, folder) for seed in seeds]
     device = datasets[0][0].device
     if device.type == "cuda":
         take_turns(trainings, device)
     else:
-        for _ in itertools.chain(*trainings):
-            pass
+        list(itertools.chain(*trainings))  # one after the other
+    if torchrun:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    if rank:
+        return
     (accuracies,) = compare([str(folder)])
     if diverged := args.runs - len(accuracies):
         fail(f"{diverged} of {args.runs} seeds diverged: not in the mean")
@@ -761,6 +770,9 @@ def main(argv):
     if args.device == "auto":
         found = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if found else "cpu"
+    if distributed.is_torchelastic_launched() and torch.accelerator.device_count():
+        rank = int(os.environ["LOCAL_RANK"])  # one GPU for each process
+        torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
     with exit_on_error(f"--device {args.device} does not work (cpu does)", 2):
         torch.ones(1, device=args.device).add(1).item()
     if args.evaluate is not None:

@@ -13,7 +13,7 @@ from conftest import assert_one_line, write_idx
 from torchvision.transforms import InterpolationMode, functional
 
 import mnist_cnn
-from mnist_cnn import affine, augment, load_mnist, normalise
+from mnist_cnn import affine, load_mnist, prepare
 
 
 def test_a_shift_and_then_a_rotation_agree_with_torchvision(datasets):
@@ -35,7 +35,7 @@ def test_a_shift_and_then_a_rotation_agree_with_torchvision(datasets):
 
 
 def test_training_images_have_zero_mean_and_unit_deviation(real_mnist):
-    pixels = normalise(load_mnist(real_mnist, "train")[0].float())
+    pixels = prepare(load_mnist(real_mnist, "train")[0])
     assert pixels.mean().item() == pytest.approx(0, abs=1e-3)
     assert pixels.std().item() == pytest.approx(1, abs=1e-3)
 
@@ -44,10 +44,11 @@ def test_an_epoch_shows_each_image_once_in_random_order(train, datasets, monkeyp
     shown = []
 
     def watched(images, *settings):
-        shown.extend(image.numpy().tobytes() for image in images)
-        return augment(images, *settings)
+        if settings:  # not for testing
+            shown.extend(image.numpy().tobytes() for image in images)
+        return prepare(images, *settings)
 
-    monkeypatch.setattr(mnist_cnn, "augment", watched)
+    monkeypatch.setattr(mnist_cnn, "prepare", watched)
     train("--epochs", 1)
     expected = [image.numpy().tobytes() for image in datasets[0][0]]
     assert shown != expected
@@ -58,7 +59,7 @@ def test_each_image_has_its_own_angle_from_the_range_of_the_flag_on_black():
     # A dot 10 pixels right of the centre goes up and down by 10 sin(angle).
     dot = torch.zeros(2000, 28, 28, dtype=torch.uint8)
     dot[:, 13:15, 23:25] = 255
-    pixels = augment(dot, 30, 0)
+    pixels = prepare(dot, 30, 0)
     profile = (pixels - pixels.min()).sum(dim=(1, 3))
     rows = profile @ torch.arange(28.0) / profile.sum(dim=1)
     degrees = torch.rad2deg(torch.asin((13.5 - rows) / 10))
@@ -70,7 +71,7 @@ def test_each_image_has_its_own_angle_from_the_range_of_the_flag_on_black():
 def test_each_image_has_its_own_shift_from_the_range_of_the_flag():
     dot = torch.zeros(2000, 28, 28, dtype=torch.uint8)
     dot[:, 13:15, 13:15] = 255
-    pixels = augment(dot, 0, 3)
+    pixels = prepare(dot, 0, 3)
     for axis in (2, 3):
         profile = (pixels - pixels.min()).sum(dim=(1, 5 - axis))
         shifted = profile @ torch.arange(28.0) / profile.sum(dim=1) - 13.5
