@@ -553,7 +553,7 @@ def train(args):
     Processes that torchrun started share the seeds; the first one prints.
     """
     rank, ranks = 0, 1
-    if torchrun := distributed.is_torchelastic_launched():
+    if torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
         distributed.init_process_group("gloo", timeout=timedelta(days=30))
         rank, ranks = distributed.get_rank(), distributed.get_world_size()
         sys.stdout = io.StringIO() if rank else sys.stdout
@@ -770,9 +770,9 @@ def main(argv):
     if args.device == "auto":
         found = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if found else "cpu"
-    if distributed.is_torchelastic_launched() and torch.accelerator.device_count():
-        rank = int(os.environ["LOCAL_RANK"])  # one GPU for each process
-        torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
+    rank, count = os.environ.get("LOCAL_RANK"), torch.accelerator.device_count()
+    if rank and count:  # torchrun: a GPU for each process
+        torch.accelerator.set_device_index(int(rank) % count)
     with exit_on_error(f"--device {args.device} does not work (cpu does)", 2):
         torch.ones(1, device=args.device).add(1).item()
     if args.evaluate is not None:

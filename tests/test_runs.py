@@ -101,7 +101,6 @@ def test_torchrun_shares_the_seeds_and_prints_one_table(trained, data, tmp_path)
 
 def test_each_process_of_torchrun_has_a_gpu(call, monkeypatch):
     chosen = []
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     monkeypatch.setattr("torch.accelerator.set_device_index", chosen.append)
