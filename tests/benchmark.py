@@ -133,12 +133,10 @@ def main():
     ]
     medians = [statistics.median(ms for ms, _ in column) for column in zip(*blocks)]
     usual = min(medians[:2])
-    print("| variant | ms a step | s an epoch | images/s | x faster usual | peak MB |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| variant | ms a step | x faster usual | peak MB |")
+    print("| --- | ---: | ---: | ---: |")
     for name, ms, (_, peak) in zip(VARIANTS, medians, blocks[-1]):
-        epoch, speed = ms * IMAGES / BATCH_SIZE / 1000, 1000 * BATCH_SIZE / ms
-        times = f"{ms:.2f} | {epoch:.1f} | {speed:,.0f} | {usual / ms:.2f}"
-        print(f"| {name} | {times} | {peak:,.0f} |")
+        print(f"| {name} | {ms:.2f} | {usual / ms:.2f} | {peak:,.0f} |")
 
 
 if __name__ == "__main__":

@@ -36,10 +36,7 @@ def accuracies(run, images, labels):
     """Return the accuracy of each model of a run."""
     paths = sorted(Path(run).glob("seed-*/final.pt"))
     outputs = [mnist_cnn.predict(mnist_cnn.load_model(path), images) for path in paths]
-    scores = [mnist_cnn.loss_and_accuracy(output, labels)[1] for output in outputs]
-    return scores or mnist_cnn.fail(
-        f"{run} has no seed-*/final.pt: give a run's folder"
-    )
+    return [mnist_cnn.loss_and_accuracy(output, labels)[1] for output in outputs]
 
 
 def main():

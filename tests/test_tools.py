@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 import torch
 from benchmark import VARIANTS
-from conftest import SCRIPT, result
+from conftest import result
 from robustness import CHANGES, changed, main
 
 
@@ -26,14 +26,6 @@ def test_the_first_row_is_the_result_of_the_run(trained, data, monkeypatch, caps
     assert len(lines) == 2 + len(CHANGES)
     values = [result(seed)["eval_accuracy"] for seed in trained[0].glob("seed-*")]
     assert lines[2].startswith(f"| as they are | {statistics.mean(values):.2f} ± ")
-
-
-def test_a_folder_without_models_ends_in_one_line(data, monkeypatch, capsys):
-    command = ["robustness.py", str(SCRIPT.parent / "tests"), "--data-dir", str(data)]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match="1"):
-        main()
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
