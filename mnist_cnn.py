@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import gzip
 import io
-import itertools
 import json
 import math
 import os
@@ -113,11 +112,10 @@ def prepare(images, rotation=0, shift=0):
 
 def synthetic_digits(count, seed):
     """Return digits in Pillow's font, rotated at random."""
-    glyphs = torch.empty(10, 1, 28, 28)
+    picture = Image.new("L", (28, 10 * 28))
     for digit in range(10):
-        picture = Image.new("L", (28, 28))
-        ImageDraw.Draw(picture).text((8, 0), str(digit), 255, font_size=24)
-        glyphs[digit] = torch.tensor(np.array(picture))
+        ImageDraw.Draw(picture).text((8, 28 * digit), str(digit), 255, font_size=24)
+    glyphs = torch.tensor(np.array(picture)).float().view(10, 1, 28, 28)
     torch.manual_seed(seed)
     labels = torch.randint(10, (count,))
     images = affine(glyphs[labels], torch.randn(count) * 15, torch.zeros(count, 2))
@@ -131,12 +129,11 @@ def load_datasets(args):
     else:
         train_set = load_mnist(args.data_dir, "train")
         test_set = None if args.holdout else load_mnist(args.data_dir, "t10k")
-    count = len(train_set[0]) - args.holdout
-    if count < 1:
-        fail(f"--holdout {args.holdout} leaves nothing to train on", 2)
     if args.holdout:
-        test_set = [x[count:] for x in train_set]
-        train_set = [x[:count] for x in train_set]
+        test_set = [x[-args.holdout :] for x in train_set]
+        train_set = [x[: -args.holdout] for x in train_set]
+        if len(train_set[0]) == 0:
+            fail(f"--holdout {args.holdout} leaves nothing to train on", 2)
     limit = args.batch_size if args.dry_run else None
     return [[x[:limit].to(args.device) for x in y] for y in (train_set, test_set)]
 
@@ -355,10 +352,7 @@ def loss_and_accuracy(output, labels):
 
 
 def train_seed(args, seed, train_set, test_set, run):
-    """Train the model of a seed and leave its files in the run's folder.
-
-    A generator, as train_epoch is.
-    """
+    """Train a seed's model and leave its files in the run's folder; a generator."""
     folder = run / f"seed-{seed}"
     if (folder / "result.json").exists():  # of a run that is resumed
         return
@@ -383,16 +377,15 @@ def train_seed(args, seed, train_set, test_set, run):
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(seed * 10_000 + epoch)  # resuming needs no RNG state
         model.train()
-        row = yield from train_epoch(step, scheduler, sums, len(train_set[0]), args)
-        row = [seed, epoch, *row, *loss_and_accuracy(predict(model, images), labels)]
-        row += [time.perf_counter() - start]
-        row = dict(zip(HEAD.split(), row, strict=True))
+        trained = yield from train_epoch(step, scheduler, sums, len(train_set[0]), args)
+        tested = loss_and_accuracy(predict(model, images), labels)
+        values = seed, epoch, *trained, *tested, time.perf_counter() - start
+        row = dict(zip(HEAD.split(), values, strict=True))
         history.append(row)
         if not math.isfinite(row["train_loss"] + row["eval_loss"]):
             print(f"Seed {seed} diverged: no finite loss in epoch {epoch}")
             return save(folder / "result.json", {"diverged_in_epoch": epoch})
-        states = [part.state_dict() for part in training]
-        save(checkpoint, (states, history))
+        save(checkpoint, ([part.state_dict() for part in training], history))
         save(folder / "metrics.csv", history)
         print(ROW.format(*row.values()))
     output = predict(model, images, args.tta)
@@ -439,7 +432,7 @@ def save(path, content):
     new.replace(path)
 
 
-def draw_report(path, args, history, images, labels, output):
+def draw_report(path, args, rows, images, labels, output):
     """Draw training curves, confusion matrix, most confident mistakes."""
     from matplotlib.figure import Figure
 
@@ -447,14 +440,12 @@ def draw_report(path, args, history, images, labels, output):
     grid = figure.add_gridspec(4, 12)
     loss, error, matrix = (figure.add_subplot(grid[:3, x : x + 4]) for x in (0, 4, 8))
 
-    epochs = [row["epoch"] for row in history]
-    eval_set = "validation" if args.holdout else "test"
-    for name, label in (("train", "training"), ("eval", eval_set)):
-        losses = [row[f"{name}_loss"] for row in history]
-        errors = [100 - row[f"{name}_accuracy"] for row in history]
-        loss.plot(epochs, losses, ".-", label=label)
-        error.plot(epochs, errors, ".-", label=label)
-    for ax, title in ((loss, "loss"), (error, "error in %")):
+    epochs = [row["epoch"] for row in rows]
+    sets = ["training", "validation" if args.holdout else "test"]
+    losses = [(row["train_loss"], row["eval_loss"]) for row in rows]
+    errors = [(100 - row["train_accuracy"], 100 - row["eval_accuracy"]) for row in rows]
+    for ax, title, curves in ((loss, "loss", losses), (error, "error in %", errors)):
+        ax.plot(epochs, curves, ".-", label=sets)
         ax.set(title=title, xlabel="epoch", yscale="log")
         ax.set_xticks(epochs[:: len(epochs) // 10 + 1])
         ax.legend()
@@ -520,21 +511,19 @@ def verdict(first, second, level):
 
 
 # ---- Jobs: train, evaluate, predict, compare ----
-def open_folder(folder, args, datasets):
-    """Make the folder of a run, or check that of a resumed one."""
-    tensors = (x.cpu().numpy() for pair in datasets for x in pair)
-    config = vars(args) | {
-        "data_dir": os.path.abspath(args.data_dir),
-        "data": zlib.crc32(b"".join(tensors)),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+def open_folder(args, datasets):
+    """Make the folder of a run, or check that of a resumed one; return it."""
+    name = time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
+    folder = Path(args.resume or args.out or name)
+    data = zlib.crc32(b"".join(x.cpu().numpy() for pair in datasets for x in pair))
+    config = vars(args) | {"data_dir": os.path.abspath(args.data_dir), "data": data}
+    config |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     script = folder / "mnist_cnn.py"
     if args.resume:
         saved = json.loads((folder / "config.json").read_text())
         if script.read_bytes() != SOURCE:
             fail(f"{folder} has another script: continue with {script}")
-        if config["data"] != saved["data"]:
+        if data != saved["data"]:
             fail(f"{folder} has seen other images: give their --data-dir")
         if args.runs < saved["runs"]:
             fail(f"{folder} has --runs {saved['runs']}: give no fewer", 2)
@@ -545,6 +534,7 @@ def open_folder(folder, args, datasets):
         save(script, SOURCE)
     save(folder / "config.json", config)
     print(f"On {args.device}; to continue after a stop: --resume {folder}")
+    return folder
 
 
 def train(args):
@@ -562,10 +552,7 @@ def train(args):
 
         summary(Net(args.width), (1, 28, 28), device="cpu")
     datasets = load_datasets(args)
-    name = time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
-    folder = Path(args.resume or args.out or name)
-    if rank == 0:
-        open_folder(folder, args, datasets)
+    folder = open_folder(args, datasets) if rank == 0 else None
     if torchrun:
         distributed.broadcast_object_list(shared := [folder])
         (folder,) = shared
@@ -576,7 +563,8 @@ def train(args):
     if device.type == "cuda":
         take_turns(trainings, device)
     else:
-        list(itertools.chain(*trainings))  # one after the other
+        for training in trainings:
+            list(training)  # runs the generator to its end
     if torchrun:
         distributed.barrier()
         distributed.destroy_process_group()
@@ -681,11 +669,9 @@ JOBS = {
     "--evaluate": ["--tta", "--device", "--precision", "--data-dir", "--synthetic"],
     "--resume": ["--runs", "--device", "--data-dir"],
 }
-# What the recipes change.
-BETTER = {"weight_decay": 5e-4, "dropout": 0.0}
-BEST = {"lr": 0.2, "rotation": 10.0, "shift": 1.5}
-QUICK = {"epochs": 6, "batch_size": 64, "lr": 0.15, "rotation": 5.0, "shift": 0.5}
-RECIPES = {"reference": {}, "best": BETTER | BEST, "quick": BETTER | QUICK}
+BEST = {"lr": 0.2, "weight_decay": 5e-4, "dropout": 0.0, "rotation": 10.0, "shift": 1.5}
+QUICK = BEST | {"epochs": 6, "batch_size": 64, "lr": 0.15, "rotation": 5, "shift": 0.5}
+RECIPES = {"reference": {}, "best": BEST, "quick": QUICK}  # what they change
 
 
 def number(kind, low, below):
@@ -777,8 +763,7 @@ def main(argv):
         torch.ones(1, device=args.device).add(1).item()
     if args.evaluate is not None:
         model = load_model(args.evaluate, args.device, args.precision)
-        job = predict_pictures if args.predict else evaluate
-        return job(args, model)
+        return predict_pictures(args, model) if args.predict else evaluate(args, model)
     with tempfile.TemporaryDirectory() as folder:
         if args.dry_run:
             args.epochs, args.out = 1, args.out or f"{folder}/run"
