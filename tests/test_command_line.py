@@ -20,7 +20,7 @@ def test_a_run_prints_layers_resume_command_rows_and_result(trained):
     assert output.index("params") < output.index(command) < output.index("epoch")
     assert [row[1] for row in rows(output)] == ["1", "2"] * 3
     accuracies = [result(seed)["accuracy"] for seed in folder.glob("seed-*")]
-    last = output.splitlines()[-2]
+    last = output.splitlines()[-1]
     assert re.match(rf"run +3  {statistics.mean(accuracies):.2f} ± ", last)
     assert max(map(len, output.splitlines())) <= 80
 

