@@ -123,8 +123,7 @@ def main():
     name = f"{torch.get_num_threads()} threads of {platform.machine()}"
     if args.device.startswith("cuda"):
         name = torch.cuda.get_device_name(args.device)
-    date = time.strftime("%Y-%m-%d")
-    print(f"{args.device}, {name}, torch {torch.__version__}, {date}\n")
+    print(f"{args.device}, {name}, torch {torch.__version__}\n")
     spawn = multiprocessing.get_context("spawn")
     processes = [ProcessPoolExecutor(1, spawn, prepare, (x, args)) for x in VARIANTS]
     blocks = [

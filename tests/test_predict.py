@@ -112,6 +112,7 @@ OTHERS = {
     "transparent, white ink": lambda digit: transparent(ink(digit), 255),
     "near the border": lambda digit: photograph(ink(digit, 18, 200, 12, 14)),
     "3000 x 4000": lambda digit: photograph(ink(digit)).resize((3000, 4000)),
+    "16 bits": lambda digit: Image.fromarray(np.uint16(ink(digit)) * 257),
     "28 x 28": lambda digit: ink(digit, 34, 340, 90, 80).resize((28, 28)),
 }
 
