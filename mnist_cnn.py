@@ -479,13 +479,11 @@ def student_t(df, level=0.95):
     return df**0.5 * angle[index + 1].tan().item()
 
 
-def mean_text(values):
-    """Return the mean ± half of its 95 % confidence interval, as text."""
+def interval(values):
+    """Return low, mean and high of the 95 % confidence interval of a mean."""
     n, mean = len(values), statistics.mean(values)
-    if n == 1:
-        return f"{mean:.2f}"
-    half = student_t(n - 1) * statistics.stdev(values) / n**0.5
-    return f"{mean:.2f} ± {half:.2f}"
+    half = student_t(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0
+    return mean - half, mean, mean + half
 
 
 def verdict(first, second, level):
@@ -646,6 +644,9 @@ def compare(folders):
     configs, runs = zip(*map(read_run, folders))
     if len({config.get("data") for config in configs}) > 1:
         fail("cannot compare: not the same data and --holdout")
+    intervals = [interval(values) for values in runs]
+    lowest, highest = min(intervals)[0], max(high for _, _, high in intervals)
+    scale = 23 / (highest - lowest or 1)  # characters per percentage point
     level = 1 - 0.05 / max(1, len(runs) - 1)  # Bonferroni's correction
     kind = "validation" if configs[0].get("holdout") else "test"
     width = max(map(len, folders))
@@ -653,8 +654,11 @@ def compare(folders):
     if len(runs) > 1:
         head += f"; difference from the first ({100 * level:.4g} % CI)"
     print(head)
-    for folder, config, values in zip(folders, configs, runs):
-        row = f"{folder:{width}} {len(values):4}  {mean_text(values)}"
+    for folder, config, values, ends in zip(folders, configs, runs, intervals):
+        left, middle, right = (round((end - lowest) * scale) for end in ends)
+        strip = " " * left + "-" * (middle - left) + "o" + "-" * (right - middle)
+        spread = f" ± {ends[2] - ends[1]:.2f}" if len(values) > 1 else ""
+        row = f"{folder:{width}} {len(values):4}  {ends[1]:.2f}{spread:7} |{strip:24}|"
         if values is not runs[0]:
             row += f"  {verdict(runs[0], values, level)}"
         if diverged := config["runs"] - len(values):

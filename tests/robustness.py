@@ -51,7 +51,8 @@ def main():
         changes = itertools.product(degrees, pixels, pixels)
         variants = [changed(images, *change) for change in changes]
         data = torch.cat(variants), labels.repeat(len(variants))
-        cells = [mnist_cnn.mean_text(accuracies(run, *data)) for run in args.runs]
+        intervals = [mnist_cnn.interval(accuracies(run, *data)) for run in args.runs]
+        cells = [f"{mean:.2f} ± {high - mean:.2f}" for _, mean, high in intervals]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

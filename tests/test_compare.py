@@ -35,16 +35,16 @@ def compare(call, tmp_path):
 
 
 def rows(process):
-    """The table's rows: name, n, mean and interval, words."""
+    """The table's rows: name, n, mean and interval, strip, words."""
     assert process.returncode == 0, process.stderr
-    pattern = r"^(\S+) +(\d+)  (\S+(?: ± \S+)?)(?:  (.*))?$"
+    pattern = r"^(\S+) +(\d+)  (\S+(?: ± \S+)?) +\|(.{24})\|(?:  (.*))?$"
     return re.findall(pattern, process.stdout, re.MULTILINE)
 
 
 @pytest.fixture
 def verdict(compare):
     """The words for the difference of two runs."""
-    return lambda *runs: rows(compare(*runs))[1][3]
+    return lambda *runs: rows(compare(*runs))[1][4]
 
 
 # scipy.stats.ttest_ind(second, first, equal_var=False).confidence_interval(level)
@@ -68,11 +68,10 @@ def test_a_verdict_is_welchs_interval_of_the_difference_and_a_word(
     difference = second[1] - first[1]
     expected = f"{difference:+.3f} ± {half_width:.3f}  {word}"
     for row in rows(process)[1:]:
-        assert row[3].startswith(expected)
+        assert row[4].startswith(expected)
 
 
-# Solved for a power of 0.8 with scipy.stats.nct, as in Cohen's tables (1988), but for
-# the last: more than the two that did not tell.
+# Solved for a power of 0.8 with scipy.stats.nct; the last is more than did not tell.
 @pytest.mark.parametrize(
     ("effect", "seeds"), [(0.2, 394), (0.5, 64), (0.8, 26), (4.2, 3)]
 )
@@ -92,14 +91,14 @@ def test_without_a_spread_there_is_no_verdict(verdict):
     assert "cannot tell" in verdict([99.5] * 5, [99.6] * 5)
 
 
-def test_a_comparison_has_a_row_for_each_run(compare):
+def test_each_run_has_a_row_and_its_interval_a_strip_on_one_scale(compare):
     process = compare([97.0, 97.1, 97.2], [99.0, 99.1, 99.2], [99.5])
     assert "test accuracy" in process.stdout.splitlines()[0]
     # 0.1 / 3 ** 0.5 * scipy.stats.t.ppf(0.975, 2)
-    assert [row[:3] for row in rows(process)] == [
-        ("run-1", "3", "97.10 ± 0.25"),
-        ("run-2", "3", "99.10 ± 0.25"),
-        ("run-3", "1", "99.50"),
+    assert [row[:4] for row in rows(process)] == [
+        ("run-1", "3", "97.10 ± 0.25", "--o--                   "),
+        ("run-2", "3", "99.10 ± 0.25", "                 ---o-- "),
+        ("run-3", "1", "99.50", "                       o"),
     ]
 
 
