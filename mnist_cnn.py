@@ -351,11 +351,8 @@ def loss_and_accuracy(output, labels):
     return F.nll_loss(output, labels).item(), 100 * correct / len(labels)
 
 
-def train_seed(args, seed, train_set, test_set, run):
-    """Train a seed's model and leave its files in the run's folder; a generator."""
-    folder = run / f"seed-{seed}"
-    if (folder / "result.json").exists():  # of a run that is resumed
-        return
+def train_seed(args, seed, train_set, test_set, folder):
+    """Train the model of a seed and leave its files in a folder; a generator."""
     folder.mkdir(exist_ok=True)
     images, labels = test_set
     steps = math.ceil(len(train_set[0]) / args.batch_size)
@@ -480,10 +477,12 @@ def student_t(df, level=0.95):
 
 
 def interval(values):
-    """Return low, mean and high of the 95 % confidence interval of a mean."""
+    """Return low, mean, high and text of the 95 % confidence interval of a mean."""
     n, mean = len(values), statistics.mean(values)
-    half = student_t(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0
-    return mean - half, mean, mean + half
+    if n == 1:
+        return mean, mean, mean, f"{mean:.2f}"
+    half = student_t(n - 1) * statistics.stdev(values) / n**0.5
+    return mean - half, mean, mean + half, f"{mean:.2f} ± {half:.2f}"
 
 
 def verdict(first, second, level):
@@ -552,9 +551,13 @@ def train(args):
     if torchrun:
         distributed.broadcast_object_list(shared)
     folder = shared[0]
-    print(HEAD)
-    seeds = range(args.seed, args.seed + args.runs)[rank::ranks]
-    trainings = [train_seed(args, seed, *datasets, folder) for seed in seeds]
+    trainings = []
+    for seed in range(args.seed, args.seed + args.runs)[rank::ranks]:
+        seed_folder = folder / f"seed-{seed}"
+        if not (seed_folder / "result.json").exists():
+            trainings.append(train_seed(args, seed, *datasets, seed_folder))
+    if trainings:
+        print(HEAD)
     if datasets[0][0].is_cuda:
         take_turns(trainings, datasets[0][0].device)
     else:
@@ -631,7 +634,7 @@ def read_run(folder):
     accuracies = []
     for path in (Path(folder, f"seed-{seed}", "result.json") for seed in seeds):
         with exit_on_error(f"cannot use {path} (without it --resume trains the seed)"):
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(), parse_constant=int)  # refuses NaN
             if "diverged_in_epoch" not in result:
                 accuracies.append(float(result["accuracy"]))
     if not accuracies:
@@ -645,7 +648,7 @@ def compare(folders):
     if len({config.get("data") for config in configs}) > 1:
         fail("cannot compare: not the same data and --holdout")
     intervals = [interval(values) for values in runs]
-    lowest, highest = min(intervals)[0], max(high for _, _, high in intervals)
+    lowest, highest = min(intervals)[0], max(high for _, _, high, _ in intervals)
     scale = 23 / (highest - lowest or 1)  # characters per percentage point
     level = 1 - 0.05 / max(1, len(runs) - 1)  # Bonferroni's correction
     kind = "validation" if configs[0].get("holdout") else "test"
@@ -654,11 +657,10 @@ def compare(folders):
     if len(runs) > 1:
         head += f"; difference from the first ({100 * level:.4g} % CI)"
     print(head)
-    for folder, config, values, ends in zip(folders, configs, runs, intervals):
+    for folder, config, values, (*ends, text) in zip(folders, configs, runs, intervals):
         left, middle, right = (round((end - lowest) * scale) for end in ends)
         strip = " " * left + "-" * (middle - left) + "o" + "-" * (right - middle)
-        spread = f" ± {ends[2] - ends[1]:.2f}" if len(values) > 1 else ""
-        row = f"{folder:{width}} {len(values):4}  {ends[1]:.2f}{spread:7} |{strip:24}|"
+        row = f"{folder:{width}} {len(values):4}  {text:12} |{strip:24}|"
         if values is not runs[0]:
             row += f"  {verdict(runs[0], values, level)}"
         if diverged := config["runs"] - len(values):
@@ -762,8 +764,8 @@ def main(argv):
     if args.device == "auto":
         found = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if found else "cpu"
-    rank, count = os.environ.get("LOCAL_RANK"), torch.accelerator.device_count()
-    if rank and count:  # torchrun: a GPU for each process
+    rank = os.environ.get("LOCAL_RANK")  # torchrun: a GPU for each process
+    if rank and (count := torch.accelerator.device_count()):
         torch.accelerator.set_device_index(int(rank) % count)
     with exit_on_error(f"--device {args.device} does not work (cpu does)", 2):
         torch.ones(1, device=args.device).add(1).item()

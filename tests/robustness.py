@@ -51,8 +51,7 @@ def main():
         changes = itertools.product(degrees, pixels, pixels)
         variants = [changed(images, *change) for change in changes]
         data = torch.cat(variants), labels.repeat(len(variants))
-        intervals = [mnist_cnn.interval(accuracies(run, *data)) for run in args.runs]
-        cells = [f"{mean:.2f} ± {high - mean:.2f}" for _, mean, high in intervals]
+        cells = [mnist_cnn.interval(accuracies(run, *data))[3] for run in args.runs]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
