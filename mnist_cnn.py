@@ -16,29 +16,38 @@ import io
 import json
 import math
 import os
+import signal
+import socket
 import statistics
 import sys
 import tempfile
 import time
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import distributed, nn
 from tqdm import tqdm
 
 SOURCE = Path(__file__).read_bytes()  # saved with the results
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, from 0 to 1
+
+
+def warn(message, kind="warning"):
+    """Print one line on stderr."""
+    lines = message[:500].splitlines()  # the end of a long message says no more
+    print(f"mnist_cnn.py: {kind}:", *map(str.strip, lines), file=sys.stderr)
 
 
 def fail(message, status=1):
     """End the program with one line on stderr."""
-    print("mnist_cnn.py: error:", *message.splitlines(), file=sys.stderr)
+    warn(message, "error")
     sys.exit(status)
 
 
@@ -51,7 +60,7 @@ def exit_on_error(problem, status=1):
         fail(f"{problem}: {type(error).__name__}: {error}", status)
 
 
-# ---- Data: images (N, 28, 28) uint8, labels (N,) int64 ----
+# ---- Data: images (N, 1, 28, 28) uint8, labels (N,) int64 ----
 def read_idx(path):
     """Return the tensor in an IDX file of bytes, unpacked or as .gz."""
     path = path if path.exists() else Path(f"{path}.gz")
@@ -69,71 +78,55 @@ def load_mnist(data_dir, part):
     """Return images and labels of "train" or "t10k", the test set."""
     raw = Path(data_dir, "MNIST", "raw")
     if not any(raw.glob("*-ubyte*")):
-        with exit_on_error(f"no MNIST in {raw}, no download (try --synthetic)"):
+        print(f"Downloading MNIST to {raw} (offline: see README)")
+        socket.setdefaulttimeout(20)  # seconds in which a server may be silent
+        existing = next(path for path in raw.absolute().parents if path.exists())
+        with exit_on_error(f"no MNIST in {raw}, no download (offline: see README)"):
             from torchvision.datasets import MNIST  # takes a second
 
-            raw.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
+            with tempfile.TemporaryDirectory(dir=existing) as folder:
                 MNIST(folder, download=True)
+                raw.parent.mkdir(parents=True, exist_ok=True)
                 with suppress(OSError):  # another run was faster
                     Path(folder, "MNIST", "raw").rename(raw)
     images = read_idx(raw / f"{part}-images-idx3-ubyte")
     labels = read_idx(raw / f"{part}-labels-idx1-ubyte").long()
     if len(labels) == 0 or images.shape != (len(labels), 28, 28) or labels.max() > 9:
         fail(f"{raw}/{part}-*: needs a label from 0 to 9 for each 28x28 image")
-    return images, labels
+    return images.unsqueeze(1), labels
 
 
-def affine(images, degrees, shifts):
-    """Return images (N, 1, 28, 28) shifted, then rotated about their centre.
-
-    degrees (N,): counter-clockwise; shifts (N, 2): pixels right and down.
-    """
-    cosine, sine = degrees.deg2rad().cos(), degrees.deg2rad().sin()
-    # Output at p is the input at rotation * p - shift, p from -1 to 1.
-    x, y = (-shifts / 14).unbind(dim=1)
-    matrix = torch.stack((cosine, -sine, x, sine, cosine, y), dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
-def prepare(images, rotation=0, shift=0):
-    """Return normalised inputs (N, 1, 28, 28) of images (N, 28, 28).
-
-    Each is rotated (at most so many degrees) and shifted (pixels) at random.
-    """
-    images = images[:, None].float()
+def augment(images, rotation, shift):
+    """Return images (N, 1, 28, 28), 0 to 255, shifted (pixels) and rotated (degrees)."""
+    # Only training calls this, in every step and outside of the CUDA graph.
+    images = images.float()
     if rotation or shift:
-        degrees = images.new_empty(len(images)).uniform_(-rotation, rotation)
+        angles = images.new_empty(len(images)).uniform_(-rotation, rotation).deg2rad()
         shifts = images.new_empty(len(images), 2).uniform_(-shift, shift)
-        images = affine(images, degrees, shifts)
+        cosine, sine = angles.cos(), angles.sin()
+        # Output at p is the input at rotation * p - shift, p from -1 to 1.
+        x, y = (-shifts / 14).unbind(dim=1)
+        matrix = torch.stack((cosine, -sine, x, sine, cosine, y), dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(matrix, images.shape, align_corners=False)
+        images = F.grid_sample(images, grid, align_corners=False)
+    return images
+
+
+def normalise(images):
+    """Return the network's inputs for images from 0 to 255."""
     return (images / 255 - MEAN) / STD
-
-
-def synthetic_digits(count, seed):
-    """Return digits in Pillow's font, rotated at random."""
-    picture = Image.new("L", (28, 10 * 28))
-    for digit in range(10):
-        ImageDraw.Draw(picture).text((8, 28 * digit), str(digit), 255, font_size=24)
-    glyphs = torch.tensor(np.array(picture)).float().view(10, 1, 28, 28)
-    torch.manual_seed(seed)
-    labels = torch.randint(10, (count,))
-    images = affine(glyphs[labels], torch.randn(count) * 15, torch.zeros(count, 2))
-    return images.squeeze(1).byte(), labels
 
 
 def load_datasets(args):
     """Return training set and test set, or validation set with --holdout."""
-    if args.synthetic:
-        train_set, test_set = synthetic_digits(12_000, 0), synthetic_digits(2_000, 1)
-    else:
-        train_set = load_mnist(args.data_dir, "train")
-        test_set = None if args.holdout else load_mnist(args.data_dir, "t10k")
+    train_set = load_mnist(args.data_dir, "train")
     if args.holdout:
         test_set = [x[-args.holdout :] for x in train_set]
         train_set = [x[: -args.holdout] for x in train_set]
         if len(train_set[0]) == 0:
             fail(f"--holdout {args.holdout} leaves nothing to train on", 2)
+    else:
+        test_set = load_mnist(args.data_dir, "t10k")
     limit = args.batch_size if args.dry_run else None
     return [[x[:limit].to(args.device) for x in y] for y in (train_set, test_set)]
 
@@ -191,48 +184,46 @@ class Net(nn.Module):
         return F.log_softmax(x.flatten(1).float(), dim=1)
 
 
-def make_model(width, dropout, device, precision):
-    """Return a new Net for a device and a precision."""
-    model = Net(width, dropout)
-    device = torch.device(device)
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    if precision == "bf16":
-        autocast = torch.autocast(device.type, torch.bfloat16)
-        model.forward = autocast(model.forward)
+def make_model(args):
+    """Return a new Net in the memory layout that is fastest on its device."""
+    model, device = Net(args.width, args.dropout), torch.device(args.device)
     if device.type == "cpu":
-        with suppress(AttributeError, OSError, TypeError):  # needs glibc
-            # Keeping freed memory saves a fifth of a step.
-            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-        for layer in list(model.children())[1:]:  # conv1 is faster without
-            layer.to(memory_format=torch.channels_last)  # saves a tenth of a step
-    elif device.type == "cuda" and precision != "fp32":
+        # saves a tenth of a step, but not in the first convolution
+        layers = [x for x in model.modules() if isinstance(x, nn.Conv2d)]
+        for layer in layers[1:]:
+            layer.to(memory_format=torch.channels_last)
+    elif device.type == "cuda" and args.precision != "fp32":
         # saves a third of a step with bf16
         return model.to(device, memory_format=torch.channels_last)
     return model.to(device)
 
 
-def load_model(path, device="cpu", precision="fp32"):
-    """Load a model from a file of weights, which tell its width."""
-    with exit_on_error(f"{path} is no final.pt"):
-        weights = torch.load(path, "cpu", weights_only=True)
-        width = len(weights["conv1.bias"]) // 10 or 1
-        model = make_model(width, 0, device, precision)
-        model.load_state_dict(weights)
-    return model
-
-
 # ---- Training and testing ----
 # Accuracies in %; eval: test or validation set; seconds since the start.
 HEAD = " seed epoch        lr train_loss train_accuracy eval_loss eval_accuracy seconds"
+COLUMNS = HEAD.split()
 ROW = "{:5}{:6}{:10.4g}{:11.4g}{:15.2f}{:10.4g}{:14.2f}{:8.1f}"
+
+
+def set_up_torch(args):
+    """Set what holds for the whole process."""
+    torch.backends.cudnn.deterministic = True  # the seed fixes the weights
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    if args.resume:  # sums over another number of threads round differently
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 10**9
+        if args.threads > cores:
+            warn(f"{cores} threads, not {args.threads}: the last bits may differ")
+        torch.set_num_threads(min(args.threads, cores))
+    with suppress(AttributeError, OSError, TypeError):  # needs glibc
+        # Keeping freed memory saves a fifth of a CPU step.
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
 def make_training(args, seed, total_steps):
     """Return a new model, its optimizer, and its scheduler, which steps per batch."""
     torch.manual_seed(seed * 10_000)
-    torch.backends.cudnn.deterministic = True  # the seed fixes the weights
-    model = make_model(args.width, args.dropout, args.device, args.precision)
+    model = make_model(args)
     optimizer = torch.optim.SGD(
         model.parameters(),
         args.lr,
@@ -253,76 +244,79 @@ def make_training(args, seed, total_steps):
     return model, optimizer, scheduler
 
 
-def make_step(model, optimizer, args, images, labels, sums):
-    """Return step(index), which trains on the images of an index (B,).
+def make_step(model, optimizer, precision, sums):
+    """Return step(inputs, labels); it adds loss and correct answers to sums (2,)."""
+    autocast = torch.autocast(sums.device.type, torch.bfloat16, precision == "bf16")
 
-    It adds their loss and the number of correct answers to sums (2,).
-    """
-
-    def step(index):
-        target = labels[index]
+    def step(inputs, labels):
         optimizer.zero_grad()
-        output = model(prepare(images[index], args.rotation, args.shift))
-        loss = F.nll_loss(output, target)
+        with autocast:
+            output = model(inputs)
+        loss = F.nll_loss(output, labels)
         loss.backward()
         optimizer.step()
-        correct = (output.argmax(dim=1) == target).sum()
-        sums.add_(torch.stack((loss.detach() * len(index), correct)))
+        correct = (output.argmax(dim=1) == labels).sum()
+        sums.add_(torch.stack((loss.detach() * len(labels), correct)))
 
     return step
 
 
-def capture(step, index):
-    """Return a function that replays the step as a CUDA graph, in one launch."""
-    graph, batch = torch.cuda.CUDAGraph(), index.clone()
-    try:
-        with torch.cuda.graph(graph):  # executes nothing
-            step(batch)
-    except RuntimeError as error:
-        print(f"mnist_cnn.py: warning: no CUDA graph: {error}", file=sys.stderr)
-        # The random generator may still be capturing: a copy of its state is not.
-        generator = torch.cuda.default_generators[index.device.index]
-        generator.graphsafe_set_state(generator.clone_state())
-        return step
+def use_cuda_graph(step, optimizer, eager):
+    """Return a step that replays a CUDA graph, in one launch: 1.4 ms, not 3 (H100).
 
-    def replay(index):
-        batch.copy_(index)
-        graph.replay()
+    A graph repeats the kernels of one step. The batch and the learning rates are fed
+    to it; what else Python decides in the model, the loss and the optimizer is frozen,
+    unless eager. Augmentation, schedule and a smaller last batch are outside of it.
+    """
+    groups, graph = optimizer.param_groups, torch.cuda.CUDAGraph()
+    rates = [group["params"][0].new_zeros(()) for group in groups]
+    batch = frozen = None
 
-    return replay
-
-
-def use_cuda_graphs(step, optimizer):
-    """Return a step that replays a CUDA graph per batch size: 1.4 ms, not 3 (H100)."""
-    lr_tensor = torch.zeros((), device="cuda")  # a number would be a constant
-    steps = {}
-
-    def graph_step(index):
-        group, size = optimizer.param_groups[0], len(index)
-        lr = group["lr"]
-        group["lr"] = lr_tensor.fill_(lr)
-        steps.get(size, step)(index)
-        if size not in steps:  # its first step was the warm-up
-            steps[size] = capture(step, index)
-        group["lr"] = lr
+    def graph_step(*inputs_and_labels):
+        nonlocal batch, frozen
+        numbers = [group["lr"] for group in groups]
+        for group, rate in zip(groups, rates):
+            group["lr"] = rate.fill_(group["lr"])
+        if frozen and groups != frozen:
+            warn("a parameter group has changed: no CUDA graph from here on")
+            frozen = None
+        if frozen and len(inputs_and_labels[1]) == len(batch[1]):
+            for held, new in zip(batch, inputs_and_labels):
+                held.copy_(new)
+            graph.replay()
+        else:
+            step(*inputs_and_labels)
+        if batch is None and not eager:  # that step was the warm-up of the capture
+            batch = [x.clone() for x in inputs_and_labels]
+            try:
+                with torch.cuda.graph(graph):  # executes nothing
+                    step(*batch)
+                frozen = [dict(group) for group in groups]
+            except RuntimeError as error:
+                warn(f"no CUDA graph: {error}")
+                # The generator may still be capturing: a copy of its state is not.
+                generator = torch.cuda.default_generators[batch[0].device.index]
+                generator.graphsafe_set_state(generator.clone_state())
+        for group, number in zip(groups, numbers):
+            group["lr"] = number
 
     return graph_step
 
 
-def train_epoch(step, scheduler, sums, count, args):
-    """Train on count images; return learning rate, mean loss, accuracy in %.
-
-    A generator: it yields after each step, so that trainings can take turns.
-    """
-    seen = 0
+def train_epoch(step, scheduler, train_set, sums, args):
+    """Train on each image once; return learning rate, mean loss, accuracy in %."""
+    (images, labels), seen = train_set, 0
     sums.zero_()  # of loss and correct, on the device: no step waits for it
-    batches = torch.randperm(count, device=sums.device).split(args.batch_size)
+    batches = torch.randperm(len(labels), device=sums.device).split(args.batch_size)
     # No bar on a GPU, where an epoch takes a second, nor (None) without a terminal.
-    disable = sums.is_cuda or None
-    with tqdm(total=len(batches), file=sys.stdout, disable=disable, leave=False) as bar:
+    look = {"disable": sums.is_cuda or not sys.stdout or None, "file": sys.stdout}
+    look |= {"leave": False, "dynamic_ncols": True}
+    look["bar_format"] = "{l_bar}{bar:-4}{r_bar}"  # leaves room for ^C
+    with tqdm(total=len(batches), **look) as bar:
         for index in batches:
-            step(index)
-            yield
+            inputs = normalise(augment(images[index], args.rotation, args.shift))
+            step(inputs, labels[index])
+            yield  # a generator: seeds train side by side
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             seen += len(index)
@@ -330,23 +324,26 @@ def train_epoch(step, scheduler, sums, count, args):
                 loss, correct = sums.tolist()
                 bar.set_postfix(loss=loss / seen, accuracy=100 * correct / seen)
     loss, correct = sums.tolist()
-    return lr, loss / count, 100 * correct / count
+    return lr, loss / seen, 100 * correct / seen
 
 
 @torch.no_grad()
-def predict(model, images, tta=False):
-    """Return log-probabilities (N, 10) for uint8 images (N, 28, 28)."""
+def predict(model, images, precision="fp32", tta=False):
+    """Return log-probabilities (N, 10) for uint8 images (N, 1, 28, 28)."""
     model.eval()
     if tta:  # test-time augmentation: nine shifts
-        padded = F.pad(images, (1, 1, 1, 1))
-        shifts = [padded[:, y : y + 28, x : x + 28] for y in range(3) for x in range(3)]
-        outputs = torch.stack([predict(model, shifted) for shifted in shifts])
-        return outputs.logsumexp(dim=0) - math.log(9)
-    return torch.cat([model(prepare(batch)) for batch in images.split(1000)])
+        views = F.pad(images, (1, 1, 1, 1)).unfold(2, 28, 1).unfold(3, 28, 1)
+        shifts = [views[:, :, y, x] for y in range(3) for x in range(3)]
+        outputs = [predict(model, shifted, precision) for shifted in shifts]
+        return torch.stack(outputs).logsumexp(dim=0) - math.log(9)
+    with torch.autocast(images.device.type, torch.bfloat16, precision == "bf16"):
+        return torch.cat([model(normalise(batch)) for batch in images.split(1000)])
 
 
-def loss_and_accuracy(output, labels):
-    """Return mean loss and accuracy in % of log-probabilities (N, 10)."""
+def test(model, dataset, precision, tta=False):
+    """Return mean loss and accuracy in % on images and labels."""
+    images, labels = dataset
+    output = predict(model, images, precision, tta)
     correct = (output.argmax(dim=1) == labels).sum().item()
     return F.nll_loss(output, labels).item(), 100 * correct / len(labels)
 
@@ -354,63 +351,70 @@ def loss_and_accuracy(output, labels):
 def train_seed(args, seed, train_set, test_set, folder):
     """Train the model of a seed and leave its files in a folder; a generator."""
     folder.mkdir(exist_ok=True)
-    images, labels = test_set
     steps = math.ceil(len(train_set[0]) / args.batch_size)
-    training = make_training(args, seed, args.epochs * steps)
-    model, optimizer, scheduler = training
+    model, optimizer, scheduler = make_training(args, seed, args.epochs * steps)
+    saved = model, optimizer, scheduler
     history = []
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         with exit_on_error(f"cannot use {checkpoint} (delete it to start again)"):
             states, history = torch.load(checkpoint, "cpu", weights_only=True)
-            for part, state in zip(training, states, strict=True):
-                part.load_state_dict(state)
+            for item, state in zip(saved, states, strict=True):
+                item.load_state_dict(state)
+        # Another device may have another layout of memory: load_state_dict keeps that
+        # of the momentum, with which fused SGD mixes up the elements.
+        for weights, state in optimizer.state.items():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape == weights.shape:
+                    state[name] = torch.empty_like(weights).copy_(value)
         save(folder / "metrics.csv", history)  # the stop may have preceded it
     sums = torch.zeros(2, device=args.device)
-    step = make_step(model, optimizer, args, *train_set, sums)
+    step = make_step(model, optimizer, args.precision, sums)
     if sums.is_cuda:
-        step = use_cuda_graphs(step, optimizer)
+        step = use_cuda_graph(step, optimizer, args.eager)
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(seed * 10_000 + epoch)  # resuming needs no RNG state
         model.train()
-        trained = yield from train_epoch(step, scheduler, sums, len(train_set[0]), args)
-        tested = loss_and_accuracy(predict(model, images), labels)
+        trained = yield from train_epoch(step, scheduler, train_set, sums, args)
+        tested = test(model, test_set, args.precision)
         values = seed, epoch, *trained, *tested, time.perf_counter() - start
-        row = dict(zip(HEAD.split(), values, strict=True))
+        row = dict(zip(COLUMNS, values, strict=True))
         history.append(row)
         if not math.isfinite(row["train_loss"] + row["eval_loss"]):
             print(f"Seed {seed} diverged: no finite loss in epoch {epoch}")
-            return save(folder / "result.json", {"diverged_in_epoch": epoch})
-        save(checkpoint, ([part.state_dict() for part in training], history))
+            save(folder / "result.json", {"diverged_in_epoch": epoch})
+            return
+        save(checkpoint, ([item.state_dict() for item in saved], history))
         save(folder / "metrics.csv", history)
-        print(ROW.format(*row.values()))
-    output = predict(model, images, args.tta)
-    accuracy = loss_and_accuracy(output, labels)[1]
+        print(ROW.format(*values))
+    accuracy = test(model, test_set, args.precision, args.tta)[1]
     save(folder / "final.pt", model.state_dict())
     save(folder / "result.json", history[-1] | {"accuracy": accuracy})  # finished
     try:
-        draw_report(folder / "report.png", args, history, images, labels, output)
+        draw_report(folder / "report.png", args, history)
     except (Exception, SystemExit) as error:  # noqa: BLE001
-        print(f"mnist_cnn.py: warning: no report.png: {error}", file=sys.stderr)
+        warn(f"no report.png: {error}")
 
 
-def take_turns(trainings, device):
-    """Run trainings on a GPU, ten side by side: in a third of the time.
-
-    Each has a stream, and a state of the random generator, of its own.
-    """
+def train_side_by_side(trainings, device):
+    """Run trainings on a GPU, ten at a time: in a third of the time."""
     torch.cuda.set_device(device)
-    generator = torch.cuda.default_generators[device.index]
-    turns = [[x, torch.cuda.Stream(), generator.clone_state()] for x in trainings]
-    while turns:
-        for turn in turns[:10]:  # a copy: when one ends, the next moves up
-            training, stream, state = turn
-            generator.graphsafe_set_state(state)
+    cuda = torch.cuda.default_generators[device.index]
+    # Each has a stream, and states of the random generators, of its own.
+    cpu_state = torch.get_rng_state()
+    active = [
+        [x, torch.cuda.Stream(), cuda.clone_state(), cpu_state] for x in trainings
+    ]
+    while active:
+        for entry in active[:10]:  # a copy: when one ends, the next moves up
+            training, stream, cuda_state, cpu_state = entry
+            cuda.graphsafe_set_state(cuda_state)
+            torch.set_rng_state(cpu_state)
             with torch.cuda.stream(stream):
                 if next(training, "finished") == "finished":
-                    turns.remove(turn)
-            turn[2] = generator.graphsafe_get_state()
+                    active.remove(entry)
+            entry[2:] = cuda.graphsafe_get_state(), torch.get_rng_state()
 
 
 # ---- Files, picture, statistics ----
@@ -429,116 +433,102 @@ def save(path, content):
     new.replace(path)
 
 
-def draw_report(path, args, rows, images, labels, output):
-    """Draw training curves, confusion matrix, most confident mistakes."""
+def draw_report(path, args, rows):
+    """Draw the curves of the training."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    grid = figure.add_gridspec(4, 12)
-    loss, error, matrix = (figure.add_subplot(grid[:3, x : x + 4]) for x in (0, 4, 8))
-
+    figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [row["epoch"] for row in rows]
     sets = ["training", "validation" if args.holdout else "test"]
     losses = [(row["train_loss"], row["eval_loss"]) for row in rows]
     errors = [(100 - row["train_accuracy"], 100 - row["eval_accuracy"]) for row in rows]
-    for ax, title, curves in ((loss, "loss", losses), (error, "error in %", errors)):
+    for place, title, curves in ((1, "loss", losses), (2, "error in %", errors)):
+        ax = figure.add_subplot(1, 2, place)
         ax.plot(epochs, curves, ".-", label=sets)
-        ax.set(title=title, xlabel="epoch", yscale="log")
-        ax.set_xticks(epochs[:: len(epochs) // 10 + 1])
+        ax.set(title=title, xlabel="epoch", xticks=epochs[:: len(epochs) // 10 + 1])
+        ax.set_yscale("log", subs=(2, 5))
+        ax.yaxis.set_major_formatter("{x:g}")  # plain numbers, no powers of ten
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.legend()
-
-    images, labels = images.cpu(), labels.cpu()
-    confidence, predicted = output.cpu().max(dim=1)
-    counts = torch.bincount(labels * 10 + predicted, minlength=100).view(10, 10)
-    matrix.imshow((counts - counts.diag().diag()).numpy(), cmap="Oranges")
-    matrix.set(title="confusion matrix", xlabel="predicted digit", ylabel="true digit")
-    matrix.set(xticks=range(10), yticks=range(10))
-    for y, x in counts.nonzero().tolist():
-        matrix.text(x, y, counts[y, x].item(), ha="center", va="center")
-
-    wrong = (predicted != labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True)[:12]]
-    for place, i in enumerate(wrong):
-        ax = figure.add_subplot(grid[3, place], xticks=[], yticks=[])
-        ax.set_title(f"{labels[i]} as {predicted[i]}")
-        ax.imshow(images[i].numpy(), cmap="gray_r")
-    figure.supxlabel("most confident mistakes")
     figure.savefig(buffer := io.BytesIO())
     save(path, buffer.getvalue())
 
 
-def student_t(df, level=0.95):
-    """Return Student's t for a two-sided confidence level."""
-    # Over angle = arctan(t / sqrt(df)), its density is cos^(df - 1).
-    angle = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)
-    mass = torch.cumulative_trapezoid(angle.cos() ** (df - 1), angle)
-    index = torch.searchsorted(mass, level * mass[-1])
-    return df**0.5 * angle[index + 1].tan().item()
+def half_width(variance, df, level=0.95):
+    """Return half a confidence interval, by Student's t, from a mean's variance."""
+    from scipy.special import stdtrit
+
+    return variance**0.5 * stdtrit(df, (1 + level) / 2).item()
 
 
 def interval(values):
-    """Return low, mean, high and text of the 95 % confidence interval of a mean."""
+    """Return the mean and its 95 % confidence interval as text."""
     n, mean = len(values), statistics.mean(values)
     if n == 1:
-        return mean, mean, mean, f"{mean:.2f}"
-    half = student_t(n - 1) * statistics.stdev(values) / n**0.5
-    return mean - half, mean, mean + half, f"{mean:.2f} ± {half:.2f}"
+        return f"{mean:.2f}"
+    half = half_width(statistics.variance(values) / n, n - 1)
+    return f"{mean:.2f} ± {half:.2f}"
 
 
-def verdict(first, second, level):
-    """Say how the second mean differs, or how many seeds would tell."""
+def difference(first, second, level):
+    """Say how the second mean differs, with its interval by Welch (1947)."""
     n, m = len(first), len(second)
-    if min(n, m) == 1 or len({*first}) == len({*second}) == 1:
-        return "cannot tell: too few seeds for a spread"
-    a = statistics.variance(first) / n  # squared standard errors
-    b = statistics.variance(second) / m
-    difference = statistics.mean(second) - statistics.mean(first)
-    if abs(difference) < 1e-9:
+    mean = statistics.mean(second) - statistics.mean(first)
+    if min(n, m) == 1:
+        return f"{mean:+.3f}  cannot tell: one seed"
+    if mean == 0 and {*first} == {*second}:
         return "no difference"
-    # Welch (1947); seeds for a power of 80 % (z = 0.84): Guenther (1981)
-    df = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
-    half = (a + b) ** 0.5 * student_t(df, level)
-    text = f"{difference:+.3f} ± {half:.3f}  "
-    if abs(difference) > half:
-        return text + ("better" if difference > 0 else "worse")
-    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
-    seeds = (z + 0.8416) ** 2 * (n * a + m * b) / difference**2 + z**2 / 4
-    seeds = max(math.ceil(seeds), min(n, m) + 1)  # more than did not tell
-    return f"{text}cannot tell; about {seeds:,} seeds each would"
+    a, b = statistics.variance(first) / n, statistics.variance(second) / m
+    df = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1)) if a + b else 1
+    half = half_width(a + b, df, level)
+    word = "cannot tell" if abs(mean) <= half else "better" if mean > 0 else "worse"
+    return f"{mean:+.3f} ± {half:.3f}  {word}"
 
 
 # ---- Jobs: train, evaluate, predict, compare ----
+@contextmanager
 def open_folder(args, datasets):
-    """Make the folder of a run, or check that of a resumed one; return it."""
-    name = time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
+    """Make the folder of a run, or check that of a resumed one; lock it meanwhile."""
+    name = time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.urandom(3).hex()}")
     folder = Path(args.resume or args.out or name)
     data = zlib.crc32(b"".join(x.cpu().numpy() for pair in datasets for x in pair))
     config = vars(args) | {"data_dir": os.path.abspath(args.data_dir), "data": data}
     config |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     script = folder / "mnist_cnn.py"
     if args.resume:
-        saved = json.loads((folder / "config.json").read_text())
         if script.read_bytes() != SOURCE:
             fail(f"{folder} has another script: continue with {script}")
-        if data != saved["data"]:
+        if data != args.data:
             fail(f"{folder} has seen other images: give their --data-dir")
-        if args.runs < saved["runs"]:
-            fail(f"{folder} has --runs {saved['runs']}: give no fewer", 2)
-    elif folder.exists():
+    elif folder.exists() and any(folder.iterdir()):
         fail(f"{folder} exists: choose another --out, or --resume it")
-    else:
-        folder.mkdir(parents=True)
-        save(script, SOURCE)
-    save(folder / "config.json", config)
-    print(f"On {args.device}; to continue after a stop: --resume {folder}")
-    return folder
+    else:  # it appears whole
+        new = Path(f"{folder}.new")
+        new.mkdir(parents=True, exist_ok=True)
+        save(new / script.name, SOURCE)
+        save(new / "config.json", config)
+        new.replace(folder)
+    with open(script, "r+b") as file:
+        with suppress(ImportError, OSError):  # Windows, some network disks
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{folder} is in use by another process: wait for its end")
+        save(folder / "config.json", config)
+        hint = (
+            "" if args.dry_run else f'; to continue after a stop: --resume "{folder}"'
+        )
+        print(f"On {args.device}{hint}")
+        yield folder
 
 
 def train(args):
     """Train --runs models and print their mean accuracy."""
     # Processes that torchrun started share the seeds; the first one prints.
     rank, ranks = 0, 1
-    if torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
+    if TORCHRUN:
         distributed.init_process_group("gloo", timeout=timedelta(days=30))
         rank, ranks = distributed.get_rank(), distributed.get_world_size()
         sys.stdout = io.StringIO() if rank else sys.stdout
@@ -547,36 +537,45 @@ def train(args):
 
         summary(Net(args.width), (1, 28, 28), device="cpu")
     datasets = load_datasets(args)
-    shared = [open_folder(args, datasets) if rank == 0 else None]
-    if torchrun:
-        distributed.broadcast_object_list(shared)
-    folder = shared[0]
-    trainings = []
-    for seed in range(args.seed, args.seed + args.runs)[rank::ranks]:
-        seed_folder = folder / f"seed-{seed}"
-        if not (seed_folder / "result.json").exists():
-            trainings.append(train_seed(args, seed, *datasets, seed_folder))
-    if trainings:
-        print(HEAD)
-    if datasets[0][0].is_cuda:
-        take_turns(trainings, datasets[0][0].device)
-    else:
-        for training in trainings:
-            list(training)  # runs the generator to its end
-    if torchrun:
-        distributed.barrier()
-        distributed.destroy_process_group()
+    with nullcontext() if rank else open_folder(args, datasets) as folder:
+        shared = [folder]
+        if TORCHRUN:
+            distributed.broadcast_object_list(shared)
+        folder = shared[0]
+        trainings = []
+        for seed in range(args.seed, args.seed + args.runs)[rank::ranks]:
+            seed_folder = folder / f"seed-{seed}"
+            if not (seed_folder / "result.json").exists():
+                trainings.append(train_seed(args, seed, *datasets, seed_folder))
+        if trainings:
+            print(HEAD)
+        if datasets[0][0].is_cuda:
+            train_side_by_side(trainings, datasets[0][0].device)
+        else:
+            for training in trainings:
+                list(training)  # runs the generator to its end
+        if TORCHRUN:
+            distributed.barrier()
+            distributed.destroy_process_group()
     if rank:
         return
-    (accuracies,) = compare([str(folder)])
-    if diverged := args.runs - len(accuracies):
-        fail(f"{diverged} of {args.runs} seeds diverged: not in the mean")
+    compare([str(folder)])
+    if note := read_run(folder)[2]:
+        fail(f"{note}: not in the mean")
 
 
-def evaluate(args, model):
-    """Print loss and accuracy on the test set."""
-    images, labels = load_datasets(args)[1]
-    loss, accuracy = loss_and_accuracy(predict(model, images, args.tta), labels)
+def evaluate(args):
+    """Test the weights in a file, or read pictures with them."""
+    model, path = make_model(args), Path(args.evaluate)
+    script = path.parent.parent / "mnist_cnn.py"
+    with exit_on_error(f"{path} is no final.pt of this Net and --width (see {script})"):
+        model.load_state_dict(torch.load(path, "cpu", weights_only=True))
+        if not all(x.isfinite().all() for x in model.state_dict().values()):
+            raise ValueError("not all weights are finite")
+    if args.predict:
+        return predict_pictures(args, model)
+    test_set = [x.to(args.device) for x in load_mnist(args.data_dir, "t10k")]
+    loss, accuracy = test(model, test_set, args.precision, args.tta)
     print(f"Test loss {loss:.4f}, accuracy {accuracy:.2f} %")
 
 
@@ -608,7 +607,7 @@ def read_picture(path):
     half = 0.7 * max(np.ptp(x), np.ptp(y)) + 1  # 20 of 28 pixels, as in MNIST
     box = x.mean() - half, y.mean() - half, x.mean() + half, y.mean() + half
     picture = Image.fromarray(ink[0].byte().numpy()).crop(box).resize((28, 28))
-    return torch.tensor(np.array(ImageOps.autocontrast(picture)))[None]
+    return torch.tensor(np.array(ImageOps.autocontrast(picture)))[None, None]
 
 
 def predict_pictures(args, model):
@@ -617,9 +616,10 @@ def predict_pictures(args, model):
     for path in args.predict:
         with suppress(SystemExit), exit_on_error(path):  # and go on
             image = read_picture(path).to(args.device)
+            output = predict(model, image, args.precision, args.tta)[0]
             for row in image.view(14, 2, 28).amax(dim=1).tolist():
                 print("".join(" .:-=+*#%@"[value // 26] for value in row))
-            percent, digit = (100 * predict(model, image, args.tta)[0].exp()).topk(2)
+            percent, digit = (100 * output.exp()).topk(2)
             print(f"{path}: {digit[0]} ({percent[0]:.1f} %)", end="")
             print(f", or {digit[1]} ({percent[1]:.1f} %)" if percent[0] < 90 else "")
             failed -= 1
@@ -627,106 +627,98 @@ def predict_pictures(args, model):
 
 
 def read_run(folder):
-    """Return a run's settings and its seeds' accuracies."""
+    """Return a run's settings, its accuracies, and which seeds have none, as text."""
     with exit_on_error(f"cannot use {folder}"):
         config = json.loads(Path(folder, "config.json").read_text())
-        seeds = range(config["seed"], config["seed"] + config["runs"])
-    accuracies = []
-    for path in (Path(folder, f"seed-{seed}", "result.json") for seed in seeds):
+        runs = int(config["runs"])
+    accuracies, diverged = [], 0
+    for path in Path(folder).glob("seed-*/result.json"):
         with exit_on_error(f"cannot use {path} (without it --resume trains the seed)"):
             result = json.loads(path.read_text(), parse_constant=int)  # refuses NaN
-            if "diverged_in_epoch" not in result:
+            if "diverged_in_epoch" in result:
+                diverged += 1
+            else:
                 accuracies.append(float(result["accuracy"]))
-    if not accuracies:
-        fail(f"every seed of {folder} diverged: try, for example, a lower --lr")
-    return config, accuracies
+    missing = runs - len(accuracies) - diverged
+    counts = {"diverged": diverged, "not finished": missing}
+    note = [f"{counts[x]} of {runs} {x}" for x in counts if counts[x] > 0]
+    return config, accuracies, ", ".join(note)
 
 
 def compare(folders):
-    """Print how mean accuracies differ from the first; return them all."""
-    configs, runs = zip(*map(read_run, folders))
+    """Print each run's mean accuracy, and how it differs from the first one's."""
+    runs = [(folder, *read_run(folder)) for folder in folders]
+    complain = warn if any(run[2] for run in runs) else fail
+    for folder, _, accuracies, note in runs:
+        if not accuracies:
+            complain(f"{folder} has no result: {note} (try, for example, a lower --lr)")
+    runs = [run for run in runs if run[2]]
+    configs, first = [run[1] for run in runs], runs[0][2]
     if len({config.get("data") for config in configs}) > 1:
         fail("cannot compare: not the same data and --holdout")
-    intervals = [interval(values) for values in runs]
-    lowest, highest = min(intervals)[0], max(high for _, _, high, _ in intervals)
-    scale = 23 / (highest - lowest or 1)  # characters per percentage point
+    names = [x for x in (*NUMBERS, "precision", "device", "tta") if x != "runs"]
+    names = [x for x in names if len({config.get(x) for config in configs}) > 1]
     level = 1 - 0.05 / max(1, len(runs) - 1)  # Bonferroni's correction
     kind = "validation" if configs[0].get("holdout") else "test"
-    width = max(map(len, folders))
-    head = f"{'run':{width}}    n  {kind} accuracy, % (95 % CI)"
+    table = [["run", "n", f"{kind} accuracy, % (95 % CI)", "", ""]]
     if len(runs) > 1:
-        head += f"; difference from the first ({100 * level:.4g} % CI)"
-    print(head)
-    for folder, config, values, (*ends, text) in zip(folders, configs, runs, intervals):
-        left, middle, right = (round((end - lowest) * scale) for end in ends)
-        strip = " " * left + "-" * (middle - left) + "o" + "-" * (right - middle)
-        row = f"{folder:{width}} {len(values):4}  {text:12} |{strip:24}|"
-        if values is not runs[0]:
-            row += f"  {verdict(runs[0], values, level)}"
-        if diverged := config["runs"] - len(values):
-            row += f"  {diverged} of {config['runs']} diverged"
-        print(row)
-    return runs
+        table[0][3:] = f"difference from the first ({100 * level:.4g} % CI)", "settings"
+    for folder, config, accuracies, note in runs:
+        words = "" if accuracies is first else difference(first, accuracies, level)
+        flags = [f"--{x.replace('_', '-')} {config.get(x)}" for x in names]
+        flags = [x for x in flags if not x.endswith((" None", " False"))]
+        note = "  ".join([*(x.removesuffix(" True") for x in flags), note])
+        row = folder, str(len(accuracies)), interval(accuracies), words
+        table.append([*row, note])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 # ---- Command line ----
-# The flags of jobs other than training, and those that go with them.
-JOBS = {
-    "--compare": [],
-    "--predict": ["--evaluate", "--tta", "--device", "--precision"],
-    "--evaluate": ["--tta", "--device", "--precision", "--data-dir", "--synthetic"],
-    "--resume": ["--runs", "--device", "--data-dir"],
+NUMBERS = {  # default, lowest, below, help
+    "epochs": (19, 1, 10_000, "passes over the training set"),
+    "batch_size": (128, 1, 100_000, "images in a training batch"),
+    "lr": (0.015, 0, math.inf, "maximum learning rate"),
+    "momentum": (0.9, 0, 1, "momentum of SGD"),
+    "weight_decay": (1e-4, 0, math.inf, "L2 penalty"),
+    "width": (1, 1, 100, "multiplies the channels"),
+    "dropout": (0.05, 0, 1, "dropout probability"),
+    "rotation": (7.0, 0, 360, "maximum random rotation, degrees"),
+    "shift": (0.0, 0, 360, "maximum random shift, pixels"),
+    "pct_start": (0.2, 0, 1, "warm-up, fraction of all steps"),
+    "div_factor": (10.0, 1, math.inf, "maximum / initial learning rate"),
+    "final_div_factor": (100.0, 1, math.inf, "initial / final learning rate"),
+    "seed": (1, 0, 100_000, "seed of the first model"),
+    "runs": (1, 1, 100_000, "models to train, from --seed up"),
+    "holdout": (0, 0, 100_000, "validate on the last N images"),
 }
 BEST = {"lr": 0.2, "weight_decay": 5e-4, "dropout": 0.0, "rotation": 10.0, "shift": 1.5}
 QUICK = BEST | {"epochs": 6, "batch_size": 64, "lr": 0.15, "rotation": 5, "shift": 0.5}
 RECIPES = {"reference": {}, "best": BEST, "quick": QUICK}  # what they change
-
-
-def number(kind, low, below):
-    """Return a type for argparse: low <= number < below."""
-
-    def parse(text):
-        if low <= (value := kind(text)) < below:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
-
-    parse.__name__ = kind.__name__
-    return parse
+# The flags of jobs other than training, and those that go with them.
+JOBS = {
+    "--compare": [],
+    "--predict": ["--evaluate", "--width", "--precision", "--device", "--tta"],
+    "--evaluate": ["--width", "--precision", "--device", "--tta", "--data-dir"],
+    "--resume": ["--runs", "--device", "--data-dir", "--eager"],
+}
 
 
 def make_parser():
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (see --help)", 2)
-    count, natural = number(int, 1, 100_000), number(int, 0, 100_000)
-    at_least_0, fraction = number(float, 0, math.inf), number(float, 0, 1)
-    ratio, below_360 = number(float, 1, math.inf), number(float, 0, 360)
     add = parser.add_argument
-
-    def flag(name, kind, default, text):
-        add(name, type=kind, default=default, help=f"{text} (default: {default})")
-
     add("--recipe", choices=RECIPES, default="reference", help="sets the defaults")
-    flag("--epochs", number(int, 1, 10_000), 19, "passes over the training set")
-    flag("--batch-size", count, 128, "images in a training batch")
-    flag("--lr", at_least_0, 0.015, "maximum learning rate")
-    flag("--momentum", fraction, 0.9, "momentum of SGD")
-    flag("--weight-decay", at_least_0, 1e-4, "L2 penalty")
-    flag("--width", number(int, 1, 100), 1, "multiplies the channels")
-    flag("--dropout", fraction, 0.05, "dropout probability")
-    flag("--rotation", below_360, 7.0, "maximum random rotation, degrees")
-    flag("--shift", below_360, 0.0, "maximum random shift, pixels")
-    flag("--pct-start", fraction, 0.2, "warm-up, fraction of all steps")
-    flag("--div-factor", ratio, 10.0, "maximum / initial learning rate")
-    flag("--final-div-factor", ratio, 100.0, "initial / final learning rate")
-    flag("--seed", natural, 1, "seed of the first model")
-    flag("--runs", count, 1, "models to train, from --seed up")
-    flag("--holdout", natural, 0, "validate on the last N images")
-    flag("--device", str, "auto", "cpu, cuda, cuda:1, mps, ...")
-    flag("--data-dir", str, "data", "has MNIST/raw, or gets it")
+    for name, (default, _, _, text) in NUMBERS.items():
+        flag, text = f"--{name.replace('_', '-')}", f"{text} (default: {default})"
+        add(flag, type=type(default), default=default, help=text)
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...")
+    add("--data-dir", default="data", help="has MNIST/raw, or gets it")
     add("--tta", action="store_true", help="average nine shifts of an image")
-    add("--synthetic", action="store_true", help="drawn digits, no download")
+    add("--eager", action="store_true", help="no CUDA graph: for Python in a step")
     add("--dry-run", action="store_true", help="one batch; files only with --out")
     add("--out", metavar="DIR", help="folder to make for the output")
     add("--resume", metavar="RUN", help="continue a run")
@@ -751,14 +743,22 @@ def parse_arguments(argv):
     if args.resume is not None:
         with exit_on_error(f"cannot resume {args.resume}"):
             config = json.loads(Path(args.resume, "config.json").read_text())
-            torch.set_num_threads(config["threads"])  # others round differently
-            parser.set_defaults(**config)
-    return parser.parse_args(argv)
+            needed = {name: config[name] for name in ("data", "threads")}
+            parser.set_defaults(**config | needed)
+    args = parser.parse_args(argv)
+    args.epochs = 1 if args.dry_run else args.epochs
+    for name, (_, low, below, _) in NUMBERS.items():
+        if not low <= (value := getattr(args, name)) < below:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} {value} is not in [{low}, {below})")
+    return args
 
 
 def main(argv):
     """Choose the device and the job."""
     args = parse_arguments(argv)
+    if TORCHRUN and os.environ["RANK"] != "0" and (args.compare or args.evaluate):
+        return  # the first process does it
     if args.compare:
         return compare(args.compare)
     if args.device == "auto":
@@ -769,12 +769,14 @@ def main(argv):
         torch.accelerator.set_device_index(int(rank) % count)
     with exit_on_error(f"--device {args.device} does not work (cpu does)", 2):
         torch.ones(1, device=args.device).add(1).item()
+    set_up_torch(args)
     if args.evaluate is not None:
-        model = load_model(args.evaluate, args.device, args.precision)
-        return predict_pictures(args, model) if args.predict else evaluate(args, model)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.dry_run:
-            args.epochs, args.out = 1, args.out or f"{folder}/run"
+        evaluate(args)
+    elif args.dry_run and not args.out:  # leaves no files
+        with tempfile.TemporaryDirectory() as folder:
+            args.out = f"{folder}/run"
+            train(args)
+    else:
         train(args)
 
 
@@ -782,9 +784,17 @@ if __name__ == "__main__":
     with suppress(AttributeError):  # a notebook's stdout has no reconfigure
         # Lines go through pipes at once; the encoding may lack ±.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    notebook = hasattr(sys, "ps1")  # %run, which goes on after the script
+    if not notebook:
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here
     try:
         main(sys.argv[1:])
     except (KeyboardInterrupt, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # it may have failed
+        if not notebook:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the next Ctrl-C
+        try:
+            print(end="", flush=True)
+        except OSError:  # nobody reads it: no second message at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         fail(f"stopped by {type(error).__name__} {error}".rstrip(), status)

@@ -68,16 +68,17 @@ def this_script(args, precision):
     flags = mnist_cnn.parse_arguments(flags)
     train_set = mnist_cnn.load_mnist(args.data_dir, "train")
     train_set = [part.to(args.device) for part in train_set]
+    mnist_cnn.set_up_torch(flags)
     model, optimizer, scheduler = mnist_cnn.make_training(flags, 1, IMAGES)
     sums = torch.zeros(2, device=args.device)
-    step = mnist_cnn.make_step(model, optimizer, flags, *train_set, sums)
+    step = mnist_cnn.make_step(model, optimizer, precision, sums)
     if sums.is_cuda:
-        step = mnist_cnn.use_cuda_graphs(step, optimizer)
+        step = mnist_cnn.use_cuda_graph(step, optimizer, eager=False)
     model.train()
 
     def run(steps):
-        count = min(steps * BATCH_SIZE, len(train_set[0]))
-        list(mnist_cnn.train_epoch(step, scheduler, sums, count, flags))
+        part = [x[: steps * BATCH_SIZE] for x in train_set]
+        list(mnist_cnn.train_epoch(step, scheduler, part, sums, flags))
 
     return run
 

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 import mnist_cnn
 
@@ -75,6 +77,24 @@ def call(tmp_path, monkeypatch, capsys):
     return call_main
 
 
+@pytest.fixture
+def stopped(call, monkeypatch):
+    """Run the command in this process until its first epoch is saved."""
+
+    def stop_after_an_epoch(*flags):
+        def save_and_stop(path, content):
+            save(path, content)
+            if path.name == "metrics.csv":
+                raise KeyboardInterrupt
+
+        save = mnist_cnn.save
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(mnist_cnn, "save", save_and_stop)
+            call(*flags)
+
+    return stop_after_an_epoch
+
+
 def assert_one_line(process, status, *parts):
     """Whether a process ended with one line on stderr that holds these parts."""
     assert process.returncode == status, process.stderr
@@ -96,6 +116,7 @@ def write_idx(folder, datasets):
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, (images, labels) in zip(("train", "t10k"), datasets, strict=True):
+        images = images.squeeze(1)
         pixels = struct.pack(">4i", 2051, *images.shape) + images.numpy().tobytes()
         (raw / f"{name}-images-idx3-ubyte").write_bytes(pixels)
         digits = struct.pack(">2i", 2049, len(labels)) + labels.byte().numpy().tobytes()
@@ -103,10 +124,21 @@ def write_idx(folder, datasets):
     return folder
 
 
+def digits(count, seed):
+    """Digits in Pillow's font, rotated at random: images and labels as in MNIST."""
+    picture = Image.new("L", (28, 10 * 28))
+    for digit in range(10):
+        ImageDraw.Draw(picture).text((8, 28 * digit), str(digit), 255, font_size=24)
+    torch.manual_seed(seed)
+    labels = torch.randint(10, (count,))
+    images = torch.tensor(np.array(picture)).view(10, 1, 28, 28)[labels]
+    return mnist_cnn.augment(images, 30, 0).byte(), labels
+
+
 @pytest.fixture(scope="session")
 def datasets():
     """600 training and 200 test digits."""
-    return mnist_cnn.synthetic_digits(600, 0), mnist_cnn.synthetic_digits(200, 1)
+    return digits(600, 0), digits(200, 1)
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +153,8 @@ def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--batch-size", 64]
     flags += ["--lr", 0.3, "--runs", 3, "--seed", 5, "--tta", "--out", "run"]
-    notebook = {"MPLBACKEND": "module://of.a.notebook"}  # must not matter
+    # A notebook's, which lives in another environment.
+    notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     process = run(*flags, cwd=folder, env=notebook)
     assert (process.returncode, process.stderr) == (0, "")
     return folder / "run", process.stdout

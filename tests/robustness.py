@@ -6,10 +6,13 @@ its models in % and the 95 % confidence interval. It is no test: nothing passes 
 
 import argparse
 import itertools
+import json
+import math
 import sys
 from pathlib import Path
 
 import torch
+from torchvision.transforms import InterpolationMode, functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,18 +28,24 @@ CHANGES = {
 
 
 def changed(images, degrees, right, down):
-    """Return uint8 images (N, 28, 28), shifted and rotated."""
-    degrees = torch.full((len(images),), float(degrees))
-    shifts = torch.tensor([[right, down]]).float().expand(len(images), 2)
-    pixels = mnist_cnn.affine(images.unsqueeze(1).float(), degrees, shifts)
-    return pixels.squeeze(1).round().byte()
+    """Return uint8 images (N, 1, 28, 28), shifted and then rotated."""
+    # torchvision rotates first (and clockwise), so the shift rotates with the image.
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    shift = [right * cosine + down * sine, down * cosine - right * sine]
+    bilinear = InterpolationMode.BILINEAR
+    pixels = functional.affine(images.float(), -degrees, shift, 1.0, [0.0], bilinear)
+    return pixels.round().byte()
 
 
 def accuracies(run, images, labels):
     """Return the accuracy of each model of a run."""
-    paths = sorted(Path(run).glob("seed-*/final.pt"))
-    outputs = [mnist_cnn.predict(mnist_cnn.load_model(path), images) for path in paths]
-    return [mnist_cnn.loss_and_accuracy(output, labels)[1] for output in outputs]
+    width = json.loads(Path(run, "config.json").read_text())["width"]
+    values = []
+    for path in sorted(Path(run).glob("seed-*/final.pt")):
+        model = mnist_cnn.Net(width)
+        model.load_state_dict(torch.load(path, "cpu", weights_only=True))
+        values.append(mnist_cnn.test(model, (images, labels), "fp32")[1])
+    return values
 
 
 def main():
@@ -51,7 +60,7 @@ def main():
         changes = itertools.product(degrees, pixels, pixels)
         variants = [changed(images, *change) for change in changes]
         data = torch.cat(variants), labels.repeat(len(variants))
-        cells = [mnist_cnn.interval(accuracies(run, *data))[3] for run in args.runs]
+        cells = [mnist_cnn.interval(accuracies(run, *data)) for run in args.runs]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -9,14 +10,18 @@ import statistics
 import struct
 import subprocess
 import sys
+import time
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROW, SCRIPT, assert_one_line, result, rows, run, start
 
+import mnist_cnn
+
 
 def test_a_run_prints_layers_resume_command_rows_and_result(trained):
     folder, output = trained
-    command = "On cpu; to continue after a stop: --resume run\n"
+    command = 'On cpu; to continue after a stop: --resume "run"\n'
     assert output.index("params") < output.index(command) < output.index("epoch")
     assert [row[1] for row in rows(output)] == ["1", "2"] * 3
     accuracies = [result(seed)["accuracy"] for seed in folder.glob("seed-*")]
@@ -32,8 +37,24 @@ def test_a_run_without_torchsummary_works(call, data, monkeypatch):
     assert "Conv2d" not in process.stdout
 
 
-def test_a_synthetic_run_needs_no_download(call, no_network):
-    assert call("--synthetic", "--dry-run").returncode == 0
+def test_a_dry_run_recommends_no_folder(call, data):
+    assert "--resume" not in call("--data-dir", data, "--dry-run").stdout
+
+
+def test_only_a_dry_run_needs_a_temporary_folder(call, data, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryDirectory", Mock(side_effect=OSError))
+    flags = ["--data-dir", data, "--epochs", 1]
+    assert call(*flags, "--out", "run").returncode == 0
+
+
+@pytest.mark.parametrize("job", [["--compare", "x"], ["--evaluate", "x"]])
+def test_only_the_first_process_of_torchrun_compares_and_evaluates(
+    call, monkeypatch, job
+):
+    monkeypatch.setattr("mnist_cnn.TORCHRUN", True)
+    for rank, status in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert call(*job).returncode == status
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -44,13 +65,25 @@ def test_a_terminal_shows_a_bar_with_loss_and_accuracy_that_ctrl_c_erases(
     import termios
 
     controller, terminal = os.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    flags = ["--data-dir", data, "--epochs", 9, "--batch-size", 2]
+
+    def resize(columns):
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+
+    def bars():
+        lines = shown.decode(errors="ignore").split("\r")[:-1]
+        return [line for line in lines if re.search(r"/300.*accuracy=.*loss=", line)]
+
+    flags = ["--data-dir", data, "--epochs", 99, "--batch-size", 2]
     shown = b""
+    resize(100)
     with start(*flags, cwd=tmp_path, stdout=terminal, stderr=terminal) as process:
+        while not bars():
+            shown += os.read(controller, 100_000)
+        assert max(map(len, bars())) <= 98  # leaves room for ^C
+        resize(80)
+        while min(map(len, bars())) > 80:  # fails when the run has ended
+            shown += os.read(controller, 100_000)
         os.close(terminal)
-        while not re.search(rb"/300.*accuracy=\d.*loss=\d", shown):
-            shown += os.read(controller, 100_000)  # fails when the run has ended
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(OSError):  # Linux's word for the end
             while more := os.read(controller, 100_000):
@@ -64,11 +97,13 @@ def test_an_ascii_terminal_gets_the_whole_result(trained):
     assert re.search(r" 3  \d+\.\d\d \? \d", process.stdout)
 
 
-def test_an_explicit_flag_overrides_the_recipe(call, data):
-    flags = ["--data-dir", data, "--dry-run", "--div-factor", 1, "--pct-start", 0]
+def test_an_explicit_flag_overrides_the_recipe(call, data, tmp_path):
+    best = mnist_cnn.RECIPES["best"]
     for order in (["--recipe", "best", "--lr", 0.5], ["--lr", 0.5, "--recipe", "best"]):
-        # The only step is the last: a hundredth of the maximum.
-        assert rows(call(*flags, *order).stdout)[0][2] == "0.005"
+        folder = tmp_path / order[0]
+        call("--data-dir", data, "--dry-run", "--out", folder, *order)
+        config = json.loads((folder / "config.json").read_text())
+        assert (best | {"lr": 0.5}).items() <= config.items()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +139,6 @@ def test_a_device_that_cannot_compute_is_refused(call, device):
     ("flags", "text"),
     [
         ("--compare a b --lr 5", "--lr does not go with --compare"),
-        ("--evaluate f --width 5", "--width does not go with --evaluate"),
         ("--evaluate f --holdout=9", "--holdout does not go with --evaluate"),
         (
             "--evaluate f --predict p --data-dir d",
@@ -114,7 +148,7 @@ def test_a_device_that_cannot_compute_is_refused(call, device):
         ("--resume x --compare y", "--resume does not go with --compare"),
         ("--resume=x --lr=0.015", "--lr does not go with --resume"),
         ("--predict x.png", "--predict needs --evaluate FILE"),
-        ("--synthetic --holdout 12000", "--holdout 12000 leaves nothing to train on"),
+        ("--compare a --width 5", "--width does not go with --compare"),
         ("--learning-rate=1", "--learning-rate"),
         ("--epoch=1", "--epoch"),
     ],
@@ -132,9 +166,12 @@ def start_long_run(data, folder, **options):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-def test_ctrl_c_ends_with_one_line_and_status_130(data, tmp_path):
+@pytest.mark.parametrize("times", [1, 5])
+def test_ctrl_c_ends_with_one_line_and_status_130(data, tmp_path, times):
     with start_long_run(data, tmp_path) as process:
-        process.send_signal(signal.SIGINT)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert errors == "mnist_cnn.py: error: stopped by KeyboardInterrupt\n"
@@ -156,8 +193,9 @@ def test_a_reader_of_the_output_that_goes_away_leaves_one_line(data, tmp_path, c
 
 def run_code(code, *flags):
     """Run Python code, then the script with flags in the same process."""
-    script = "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    code = f"import io, runpy, sys\n{code}\n{script}\nsys.stderr.write('on')"
+    script = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = f"import io, runpy, sys\nsys.argv = sys.argv[1:]\n{code}\n"
+    code += f"try: {script}\nfinally: print('on', file=sys.__stdout__)"
     command = [sys.executable, "-c", code, SCRIPT, *map(str, flags)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
@@ -165,7 +203,27 @@ def run_code(code, *flags):
 def test_a_notebook_can_run_it(trained):
     """``%run`` gives it a stdout without reconfigure, and goes on after it."""
     process = run_code("sys.stdout = io.StringIO()", "--compare", trained[0])
-    assert (process.returncode, process.stderr) == (0, "on")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout == "on\n"
+
+
+def test_after_ctrl_c_a_notebook_prints_and_can_be_stopped_again(data):
+    code = """import signal, torch
+sys.ps1 = ">"
+def stop(*_): raise KeyboardInterrupt
+torch.Tensor.backward = stop"""
+    process = run_code(code, "--data-dir", data, "--dry-run")
+    assert_one_line(process, 130, "KeyboardInterrupt")
+    assert process.stdout.endswith("on\n")
+
+
+def test_without_stdout_a_run_works(data, tmp_path):
+    """As with pythonw on Windows, or after ``>&-``."""
+    flags = ["--data-dir", data, "--epochs", 1, "--out", tmp_path / "run"]
+    process = run_code("sys.stdout = None", *flags)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout == "on\n"
+    assert (tmp_path / "run" / "seed-1" / "result.json").exists()
 
 
 def test_exhausted_memory_of_a_gpu_ends_with_one_line(data):

@@ -1,7 +1,7 @@
 """Comparing runs: statistics against scipy, the words for them, and the table."""
 
 import json
-import re
+import shutil
 
 import pytest
 import torch
@@ -20,14 +20,16 @@ def sample(n, mean, deviation):
 def compare(call, tmp_path):
     """Compare finished runs, run-1 and so on, that have these accuracies."""
 
-    def compare_runs(*runs):
+    def compare_runs(*runs, settings=None):
         names = [f"run-{number}" for number in range(1, 1 + len(runs))]
-        for name, accuracies in zip(names, runs, strict=True):
+        for number, (name, accuracies) in enumerate(zip(names, runs, strict=True)):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
             for seed, accuracy in enumerate(accuracies, 1):
                 path = tmp_path / name / f"seed-{seed}" / "result.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps({"accuracy": accuracy}))
-            config = {"seed": 1, "runs": len(accuracies), "data": 5}
+            config = {"runs": len(accuracies), "data": 5}
+            config |= settings[number] if settings else {}
             (tmp_path / name / "config.json").write_text(json.dumps(config))
         return call("--compare", *names)
 
@@ -35,16 +37,22 @@ def compare(call, tmp_path):
 
 
 def rows(process):
-    """The table's rows: name, n, mean and interval, strip, words."""
+    """The table's rows: name, n, mean and interval, difference and word, settings."""
     assert process.returncode == 0, process.stderr
-    pattern = r"^(\S+) +(\d+)  (\S+(?: ± \S+)?) +\|(.{24})\|(?:  (.*))?$"
-    return re.findall(pattern, process.stdout, re.MULTILINE)
+    head, *lines = process.stdout.splitlines()
+    columns = ["run", "n", head.split()[2], "difference", "settings"]
+    starts = [head.index(f" {name}") + 1 for name in columns[1:] if name in head]
+    ends = [*starts[1:], None]
+    return [
+        [line[: starts[0]].strip(), *(line[a:b].strip() for a, b in zip(starts, ends))]
+        for line in lines
+    ]
 
 
 @pytest.fixture
-def verdict(compare):
+def words(compare):
     """The words for the difference of two runs."""
-    return lambda *runs: rows(compare(*runs))[1][4]
+    return lambda *runs: rows(compare(*runs))[1][3]
 
 
 # scipy.stats.ttest_ind(second, first, equal_var=False).confidence_interval(level)
@@ -57,9 +65,11 @@ def verdict(compare):
         ((7, 0, 0), (2, 20, 10), 95, 89.84643530730345, "cannot tell"),
         ((7, 0, 0), (3, 20, 10), 95, 24.84137711750385, "cannot tell"),
         ((10, 99, 30), (12, 0, 10), 99, 30.99113599252201, "worse"),
+        ((3, 99, 0), (4, 98, 0), 95, 0, "worse"),
+        ((3, 99, 0.5), (5, 99, 0.5), 95, 0.9833289242949909, "cannot tell"),
     ],
 )
-def test_a_verdict_is_welchs_interval_of_the_difference_and_a_word(
+def test_a_difference_has_welchs_interval_and_a_word(
     compare, first, second, level, half_width, word
 ):
     others = round(5 / (100 - level))  # for so many differences, by Bonferroni
@@ -67,49 +77,59 @@ def test_a_verdict_is_welchs_interval_of_the_difference_and_a_word(
     assert f"difference from the first ({level} % CI)" in process.stdout
     difference = second[1] - first[1]
     expected = f"{difference:+.3f} ± {half_width:.3f}  {word}"
-    for row in rows(process)[1:]:
-        assert row[4].startswith(expected)
+    assert [row[3] for row in rows(process)] == ["", *[expected] * others]
 
 
-# Solved for a power of 0.8 with scipy.stats.nct; the last is more than did not tell.
-@pytest.mark.parametrize(
-    ("effect", "seeds"), [(0.2, 394), (0.5, 64), (0.8, 26), (4.2, 3)]
-)
-def test_the_number_of_seeds_is_that_of_a_power_table(verdict, effect, seeds):
-    text = verdict(sample(2, 99, 1), sample(2, 99 + effect, 1))
-    assert text.endswith(f"cannot tell; about {seeds} seeds each would")
-
-
-def test_equal_results_are_no_difference_and_ask_for_no_seeds(verdict):
+def test_the_same_results_are_no_difference(words):
     values = sample(5, 99.3, 0.05)
-    assert verdict(values, values[::-1]) == "no difference"
-    assert verdict([99.1, 99.2, 99.3], [99.1, 99.3]) == "no difference"
+    assert words(values, values[::-1]) == "no difference"
+    assert words([99.5] * 5, [99.5] * 3) == "no difference"
 
 
-def test_without_a_spread_there_is_no_verdict(verdict):
-    assert "cannot tell" in verdict([99.5], [99.5, 99.6])
-    assert "cannot tell" in verdict([99.5] * 5, [99.6] * 5)
+def test_one_seed_has_a_difference_but_no_interval(words):
+    assert words([99.5], [99.5, 99.7]) == "+0.100  cannot tell: one seed"
+    assert words([99.5], [99.5]) == "+0.000  cannot tell: one seed"
 
 
-def test_each_run_has_a_row_and_its_interval_a_strip_on_one_scale(compare):
-    process = compare([97.0, 97.1, 97.2], [99.0, 99.1, 99.2], [99.5])
+def test_each_run_has_a_row_whose_columns_hold_for_every_accuracy(compare):
+    chance = [9.8, 22.0]
+    process = compare([100.0, 100.0], chance, [99.5], [97.0, 97.1, 97.2])
     assert "test accuracy" in process.stdout.splitlines()[0]
-    # 0.1 / 3 ** 0.5 * scipy.stats.t.ppf(0.975, 2)
-    assert [row[:4] for row in rows(process)] == [
-        ("run-1", "3", "97.10 ± 0.25", "--o--                   "),
-        ("run-2", "3", "99.10 ± 0.25", "                 ---o-- "),
-        ("run-3", "1", "99.50", "                       o"),
+    # deviation / n ** 0.5 * scipy.stats.t.ppf(0.975, n - 1)
+    assert [row[:3] for row in rows(process)] == [
+        ["run-1", "2", "100.00 ± 0.00"],
+        ["run-2", "2", "15.90 ± 77.51"],
+        ["run-3", "1", "99.50"],
+        ["run-4", "3", "97.10 ± 0.25"],
     ]
 
 
-def test_results_on_other_images_are_not_compared(compare, call, tmp_path):
-    compare([99.0], [99.1])
-    (tmp_path / "run-2" / "config.json").write_text('{"seed": 1, "runs": 1, "data": 6}')
-    process = call("--compare", "run-1", "run-2")
+def test_a_row_names_the_settings_that_are_not_the_same_in_all_runs(compare):
+    same = {"epochs": 2, "momentum": 0.9, "out": None}
+    settings = [
+        same | {"weight_decay": 0.0, "tta": False, "out": "run-1", "runs": 2},
+        same | {"weight_decay": 5e-4, "tta": True},
+    ]
+    process = compare([99.0, 99.1], [99.1], settings=settings)
+    assert rows(process)[0][4] == "--weight-decay 0.0"
+    assert rows(process)[1][4] == "--weight-decay 0.0005  --tta"
+
+
+def test_results_on_other_images_are_not_compared(compare):
+    process = compare([99.0], [99.1], settings=[{}, {"data": 6}])
     assert_one_line(process, 1, "not the same data", "--holdout")
 
 
-def test_a_run_that_lacks_a_result_is_named(compare, call, tmp_path):
-    compare([99.0], [99.1, 99.2])
-    (tmp_path / "run-2" / "seed-2" / "result.json").unlink()
-    assert_one_line(call("--compare", "run-1", "run-2"), 1, "run-2", "seed-2")
+def test_an_unfinished_run_is_compared_with_the_seeds_that_it_has(compare):
+    process = compare([99.0], [99.1, 99.2], settings=[{}, {"runs": 5}])
+    assert rows(process)[1][:3] == ["run-2", "2", "99.15 ± 0.64"]
+    assert rows(process)[1][4] == "3 of 5 not finished"
+
+
+def test_a_run_without_a_finished_seed_is_named_and_left_out(compare, call, tmp_path):
+    compare([99.0], [99.1], [99.2])
+    (tmp_path / "run-1" / "seed-1" / "result.json").unlink()
+    process = call("--compare", "run-1", "run-2", "run-3")
+    assert [row[0] for row in rows(process)] == ["run-2", "run-3"]
+    assert process.stderr.startswith("mnist_cnn.py: warning: run-1 has no result")
+    assert_one_line(call("--compare", "run-1"), 1, "run-1", "1 of 1 not finished")

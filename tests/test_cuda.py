@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import assert_same_run, rows, run, start
+from conftest import assert_same_run, metrics, rows, run, start
+from torch.optim import SGD
+from torch.optim.lr_scheduler import OneCycleLR
 
-from mnist_cnn import Net, make_model
+from mnist_cnn import Net, make_model, parse_arguments
 
 pytestmark = pytest.mark.cuda
 
@@ -19,21 +21,62 @@ def test_the_same_command_gives_the_same_weights(call, data, tmp_path, device):
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("momentum", [0.9, 0])
-def test_a_step_without_a_cuda_graph_gives_the_same_weights(
-    call, data, tmp_path, monkeypatch, precision, momentum
+def test_eager_steps_give_the_same_weights(call, data, tmp_path, precision, momentum):
+    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 2, "--runs", 2]
+    flags += ["--precision", precision, "--momentum", momentum, "--out"]
+    assert call(*flags, "graph").stderr == ""
+    assert call(*flags, "eager", "--eager").stderr == ""
+    for seed in ("seed-1", "seed-2"):
+        assert_same_run(tmp_path / "graph" / seed, tmp_path / "eager" / seed)
+
+
+def test_a_step_that_cannot_be_captured_warns_and_gives_the_same_weights(
+    call, data, tmp_path, monkeypatch
 ):
-    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 2]
-    flags += ["--precision", precision, "--momentum", momentum, "--runs", 2, "--out"]
-    assert call(*flags, "graph").returncode == 0
+    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 2, "--runs", 2]
+    assert call(*flags, "--out", "eager", "--eager").returncode == 0
     forward = Net.forward
     # .item() waits for the device, which no graph can.
     monkeypatch.setattr(
         Net, "forward", lambda net, x: (x[0].sum().item(), forward(net, x))[1]
     )
-    process = call(*flags, "none")
-    assert "warning: no CUDA graph" in process.stderr
+    process = call(*flags, "--out", "none")
+    assert process.stderr.count("warning: no CUDA graph") == 2
     for seed in ("seed-1", "seed-2"):
-        assert_same_run(tmp_path / "graph" / seed, tmp_path / "none" / seed)
+        assert_same_run(tmp_path / "eager" / seed, tmp_path / "none" / seed)
+
+
+@pytest.mark.parametrize(("cycle_momentum", "warnings"), [(False, 0), (True, 1)])
+def test_two_parameter_groups_and_a_momentum_that_changes_take_effect(
+    call, data, tmp_path, monkeypatch, cycle_momentum, warnings
+):
+    def two_groups(args, seed, total_steps):
+        torch.manual_seed(seed)
+        model = make_model(args)
+        weights = [x for x in model.parameters() if x.ndim > 1]
+        others = [x for x in model.parameters() if x.ndim == 1]
+        groups = [{"params": weights}, {"params": others, "weight_decay": 0}]
+        optimizer = SGD(groups, 0.1, 0.9, weight_decay=0.01, fused=True)
+        schedule = OneCycleLR(
+            optimizer, [0.1, 0.01], total_steps, cycle_momentum=cycle_momentum
+        )
+        return model, optimizer, schedule
+
+    monkeypatch.setattr("mnist_cnn.make_training", two_groups)
+    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 2]
+    assert call(*flags, "--out", "eager", "--eager").stderr == ""
+    errors = call(*flags, "--out", "graph").stderr
+    assert errors.count("a parameter group has changed") == warnings
+    assert_same_run(tmp_path / "graph" / "seed-1", tmp_path / "eager" / "seed-1")
+
+
+@pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_on_on_another_device(call, stopped, data, tmp_path, devices):
+    first, second = devices
+    stopped("--data-dir", data, "--epochs", 3, "--device", first, "--out", "run")
+    assert call("--resume", "run", "--device", second).returncode == 0
+    losses = [row.split(",")[3] for row in metrics(tmp_path / "run" / "seed-1")[1:]]
+    assert sorted(losses, reverse=True) == losses
 
 
 def test_seeds_side_by_side_equal_each_alone(call, data, tmp_path):
@@ -60,10 +103,12 @@ def test_a_killed_run_is_resumed_to_the_same_weights(data, tmp_path):
 def test_one_training_step_agrees_with_the_cpu():
     torch.manual_seed(0)
     inputs, labels = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
-    start = make_model(1, 0, "cpu", "fp32").state_dict()
+    args = parse_arguments(["--dropout", "0", "--device", "cpu"])
+    start = make_model(args).state_dict()
     stepped = []
     for device in ("cpu", "cuda"):
-        model = make_model(1, 0, device, "fp32")
+        args.device = device
+        model = make_model(args)
         model.load_state_dict(start)
         optimizer = torch.optim.SGD(model.parameters(), 0.015, 0.9, weight_decay=1e-4)
         output = model(inputs.to(device))

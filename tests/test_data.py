@@ -13,29 +13,29 @@ from conftest import assert_one_line, write_idx
 from torchvision.transforms import InterpolationMode, functional
 
 import mnist_cnn
-from mnist_cnn import affine, load_mnist, prepare
+from mnist_cnn import augment, load_mnist, normalise
 
 
 def test_a_shift_and_then_a_rotation_agree_with_torchvision(datasets):
-    pixels = datasets[0][0][:200].unsqueeze(1).float() / 255
+    images = datasets[0][0][:200].float()
     torch.manual_seed(0)
     degrees = torch.empty(200).uniform_(-180, 180)
     shifts = torch.empty(200, 2).uniform_(-5, 5)
-    shifts[:100] = 0
-    mine = affine(pixels, degrees, shifts)
+    torch.manual_seed(0)
+    mine = augment(images, 180, 5)
     for image, angle, (x, y), changed in zip(
-        pixels, degrees.tolist(), shifts.tolist(), mine, strict=True
+        images, degrees.tolist(), shifts.tolist(), mine, strict=True
     ):
         # torchvision rotates first (and clockwise), so the shift rotates with the image.
         cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         shift = [x * cosine + y * sine, y * cosine - x * sine]
         bilinear = InterpolationMode.BILINEAR
         expected = functional.affine(image, -angle, shift, 1.0, [0.0], bilinear)
-        torch.testing.assert_close(changed, expected, atol=1e-3, rtol=0)
+        torch.testing.assert_close(changed, expected, atol=0.3, rtol=0)
 
 
 def test_training_images_have_zero_mean_and_unit_deviation(real_mnist):
-    pixels = prepare(load_mnist(real_mnist, "train")[0])
+    pixels = normalise(load_mnist(real_mnist, "train")[0])
     assert pixels.mean().item() == pytest.approx(0, abs=1e-3)
     assert pixels.std().item() == pytest.approx(1, abs=1e-3)
 
@@ -44,11 +44,10 @@ def test_an_epoch_shows_each_image_once_in_random_order(train, datasets, monkeyp
     shown = []
 
     def watched(images, *settings):
-        if settings:  # not for testing
-            shown.extend(image.numpy().tobytes() for image in images)
-        return prepare(images, *settings)
+        shown.extend(image.numpy().tobytes() for image in images)
+        return augment(images, *settings)
 
-    monkeypatch.setattr(mnist_cnn, "prepare", watched)
+    monkeypatch.setattr(mnist_cnn, "augment", watched)
     train("--epochs", 1)
     expected = [image.numpy().tobytes() for image in datasets[0][0]]
     assert shown != expected
@@ -57,10 +56,9 @@ def test_an_epoch_shows_each_image_once_in_random_order(train, datasets, monkeyp
 
 def test_each_image_has_its_own_angle_from_the_range_of_the_flag_on_black():
     # A dot 10 pixels right of the centre goes up and down by 10 sin(angle).
-    dot = torch.zeros(2000, 28, 28, dtype=torch.uint8)
-    dot[:, 13:15, 23:25] = 255
-    pixels = prepare(dot, 30, 0)
-    profile = (pixels - pixels.min()).sum(dim=(1, 3))
+    dot = torch.zeros(2000, 1, 28, 28, dtype=torch.uint8)
+    dot[..., 13:15, 23:25] = 255
+    profile = augment(dot, 30, 0).sum(dim=(1, 3))
     rows = profile @ torch.arange(28.0) / profile.sum(dim=1)
     degrees = torch.rad2deg(torch.asin((13.5 - rows) / 10))
     assert degrees.min().item() == pytest.approx(-30, abs=1)
@@ -69,11 +67,11 @@ def test_each_image_has_its_own_angle_from_the_range_of_the_flag_on_black():
 
 
 def test_each_image_has_its_own_shift_from_the_range_of_the_flag():
-    dot = torch.zeros(2000, 28, 28, dtype=torch.uint8)
-    dot[:, 13:15, 13:15] = 255
-    pixels = prepare(dot, 0, 3)
+    dot = torch.zeros(2000, 1, 28, 28, dtype=torch.uint8)
+    dot[..., 13:15, 13:15] = 255
+    pixels = augment(dot, 0, 3)
     for axis in (2, 3):
-        profile = (pixels - pixels.min()).sum(dim=(1, 5 - axis))
+        profile = pixels.sum(dim=(1, 5 - axis))
         shifted = profile @ torch.arange(28.0) / profile.sum(dim=1) - 13.5
         assert shifted.min().item() == pytest.approx(-3, abs=0.1)
         assert shifted.max().item() == pytest.approx(3, abs=0.1)
@@ -133,7 +131,7 @@ def test_a_damaged_or_missing_file_is_named_and_all_are_left_alone(
 
 
 UNLIKE = {
-    "size": lambda images, labels: (images[:, :27], labels),
+    "size": lambda images, labels: (images[:, :, :27], labels),
     "count": lambda images, labels: (images, labels[1:]),
     "label": lambda images, labels: (images, labels + 1),
     "none": lambda images, labels: (images[:0], labels[:0]),
@@ -148,7 +146,7 @@ def test_files_that_are_not_like_mnist_are_named(call, tmp_path, datasets, probl
 
 def test_no_data_and_no_network_names_the_folder_and_the_way_out(call, no_network):
     process = call("--data-dir", "none")
-    assert_one_line(process, 1, os.path.join("none", "MNIST", "raw"), "--synthetic")
+    assert_one_line(process, 1, os.path.join("none", "MNIST", "raw"), "README")
 
 
 def test_a_download_appears_whole_and_two_at_once_do_not_disturb_each_other(

@@ -63,11 +63,12 @@ def started(request, monkeypatch):
 def epoch(args, training, steps):
     """An epoch of so many steps, the last one shorter, as a generator."""
     model, optimizer, scheduler = training
-    images = torch.zeros(steps * args.batch_size - 1, 28, 28, device="cuda").byte()
+    count = steps * args.batch_size - 1
+    images = torch.zeros(count, 1, 28, 28, device="cuda").byte()
     sums = torch.zeros(2, device="cuda")
-    labels = images[:, 0, 0].long()
-    step = mnist_cnn.make_step(model, optimizer, args, images, labels, sums)
-    return mnist_cnn.train_epoch(step, scheduler, sums, len(images), args)
+    train_set = images, images[:, 0, 0, 0].long()
+    step = mnist_cnn.make_step(model, optimizer, args.precision, sums)
+    return mnist_cnn.train_epoch(step, scheduler, train_set, sums, args)
 
 
 def test_an_epoch_mixes_no_devices_and_waits_only_at_its_end(started):
@@ -81,11 +82,12 @@ def test_an_epoch_mixes_no_devices_and_waits_only_at_its_end(started):
 
 @pytest.mark.parametrize("tta", [False, True])
 def test_evaluation_and_prediction_mix_no_devices(started, tta):
-    model, images = started[1][0], torch.zeros(1001, 28, 28, device="cuda").byte()
+    (args, (model, *_)) = started
+    images = torch.zeros(1001, 1, 28, 28, device="cuda").byte()
     with Watch():
-        output = mnist_cnn.predict(model, images, tta)
-        mnist_cnn.loss_and_accuracy(output, images[:, 0, 0].long())
-        mnist_cnn.predict(model, images[:1], tta)
+        test_set = images, images[:, 0, 0, 0].long()
+        mnist_cnn.test(model, test_set, args.precision, tta)
+        mnist_cnn.predict(model, images[:1], args.precision, tta)
 
 
 def test_print_the_kernels_of_a_step_without_its_backward_pass(started, request):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -23,6 +24,7 @@ from conftest import (
     start,
     tensors,
 )
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mnist_cnn
 
@@ -68,11 +70,51 @@ def test_the_result_is_the_last_row_of_the_metrics(train):
     assert result(folder) == last | {"accuracy": last["eval_accuracy"]}
 
 
-def test_a_folder_that_exists_is_left_alone(call, data, tmp_path):
+def test_a_folder_that_is_not_empty_is_left_alone(call, data, tmp_path):
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
     process = call("--data-dir", data, "--out", "mine")
     assert_one_line(process, 1, "mine exists", "--out", "--resume")
-    assert names(tmp_path / "mine") == set()
+    assert names(tmp_path / "mine") == {"thesis.txt"}
+
+
+@pytest.mark.parametrize("file", ["mnist_cnn.py", "config.json"])
+def test_a_run_stopped_while_it_makes_its_folder_can_be_started_again(
+    call, data, tmp_path, monkeypatch, file
+):
+    flags = ["--data-dir", data, "--epochs", 1, "--out", "run"]
+    replace = Path.replace
+
+    def stop(path, target):
+        if Path(target).name == file:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", stop)
+        call(*flags)
+    assert not (tmp_path / "run").exists()
+    assert call(*flags).returncode == 0
+
+
+def test_two_runs_of_the_same_second_have_two_folders(
+    call, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("time.strftime", lambda text: text.replace("%", ""))
+    monkeypatch.setattr("os.getpid", lambda: 1)  # as in two containers
+    for _ in range(2):
+        assert call("--data-dir", data, "--epochs", 1).returncode == 0
+    assert len(names(tmp_path / "runs")) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked there")
+def test_a_run_that_another_process_continues_is_refused(call, data, tmp_path):
+    flags = ["--data-dir", data, "--epochs", 9999, "--out", "run"]
+    with start(*flags, cwd=tmp_path) as process:
+        while not process.stdout.readline().startswith(" seed"):
+            assert process.poll() is None
+        assert_one_line(call("--resume", "run"), 1, "run is in use")
+        process.kill()
 
 
 def test_a_dry_run_leaves_files_only_where_it_is_told(call, data, tmp_path):
@@ -125,7 +167,7 @@ def diverging(data, call, monkeypatch, tmp_path):
 def test_a_seed_that_diverges_is_recorded_and_not_trained_again(diverging, call):
     folder, first = diverging
     for process in (first, call("--resume", "run")):
-        assert_one_line(process, 1, "1 of 3 seeds diverged")
+        assert_one_line(process, 1, "1 of 3 diverged")
         assert re.search(r"^run +2 .* 1 of 3 diverged$", process.stdout, re.MULTILINE)
         assert result(folder / "seed-2") == {"diverged_in_epoch": 2}
     assert "1 of 3 diverged" in call("--compare", "run").stdout
@@ -175,8 +217,9 @@ def test_resuming_trains_only_what_is_not_finished(trained, copy, call):
     assert row.findall(process.stdout) == row.findall(trained[1]) != []
 
 
-def test_resuming_can_add_seeds_but_not_take_them_away(copy, call):
-    assert_one_line(call("--resume", "copy", "--runs", 2), 2, "--runs 3")
+def test_resuming_can_add_seeds_and_takes_none_away(copy, call):
+    process = call("--resume", "copy", "--runs", 2)
+    assert re.search(r"^copy +3 ", process.stdout, re.MULTILINE)
     process = call("--resume", "copy", "--runs", 4)
     assert process.returncode == 0
     assert re.search(r"^copy +4 ", process.stdout, re.MULTILINE)
@@ -207,6 +250,34 @@ def test_a_resumed_run_has_the_number_of_threads_it_had(data, call, tmp_path, re
     assert call("--resume", "resumed").returncode == 0
     assert torch.get_num_threads() == 2
     assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / "resumed" / "seed-1")
+
+
+def test_a_run_of_more_threads_than_cores_is_resumed_with_a_warning(
+    copy, call, request
+):
+    request.addfinalizer(lambda: torch.set_num_threads(1))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"threads": 10_000}))
+    process = call("--resume", "copy")
+    assert process.returncode == 0
+    assert "not 10000" in process.stderr
+    assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+
+
+def test_momentum_in_the_memory_layout_of_another_device_changes_nothing(
+    call, stopped, data, tmp_path
+):
+    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--out"]
+    assert call(*flags, "whole").returncode == 0
+    stopped(*flags, "cut")
+    path = tmp_path / "cut" / "seed-1" / "checkpoint.pt"
+    saved = tensors(path)
+    assert not all(
+        x.is_contiguous() for x in filter(torch.is_tensor, tree_leaves(saved))
+    )
+    torch.save(tree_map_only(torch.Tensor, torch.Tensor.contiguous, saved), path)
+    assert call("--resume", "cut").returncode == 0
+    assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / "cut" / "seed-1")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="moves a folder that is in use")
@@ -241,8 +312,26 @@ def bad_files(tmp_path):
 
 def test_bad_weights_are_refused_by_name(call, trained, bad_files, tmp_path):
     checkpoint = trained[0] / "seed-5" / "checkpoint.pt"
-    for path in [*bad_files, checkpoint, tmp_path / "missing.pt"]:
-        assert_one_line(call("--evaluate", path), 1, path, "final.pt")
+    weights = tensors(trained[0] / "seed-5" / "final.pt")
+    weights = {name: tensor.float() * float("nan") for name, tensor in weights.items()}
+    torch.save(weights, tmp_path / "nan.pt")
+    for path in [*bad_files, checkpoint, tmp_path / "missing.pt", tmp_path / "nan.pt"]:
+        for job in ([], ["--predict", "picture.png"]):
+            assert_one_line(call("--evaluate", path, *job), 1, path, "final.pt")
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_script_that_fits(call, trained):
+    weights = trained[0] / "seed-5" / "final.pt"
+    process = call("--evaluate", weights, "--width", 2)
+    script = trained[0] / "mnist_cnn.py"
+    assert_one_line(process, 1, weights, "--width", script, "size mismatch")
+
+
+def test_evaluating_reads_the_test_set_only(call, trained, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data" / "MNIST" / "raw").glob("train-*"):
+        path.unlink()
+    assert call("--evaluate", trained[0] / "seed-5" / "final.pt").returncode == 0
 
 
 def test_bad_checkpoints_are_refused_by_name_and_left_alone(call, copy, bad_files):
@@ -314,25 +403,27 @@ def test_whatever_drawing_does_is_a_warning(copy, call, monkeypatch, failure):
     assert call("--resume", "copy").stderr == ""
 
 
-@pytest.mark.parametrize("mistakes", [0, 3, 30])
-def test_at_most_twelve_mistakes_are_drawn(datasets, monkeypatch, tmp_path, mistakes):
+def test_the_report_draws_loss_and_error_on_logarithmic_axes_in_plain_numbers(
+    monkeypatch, tmp_path
+):
     from matplotlib.figure import Figure
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_: drawn.append(figure))
-    images, labels = datasets[1]
-    shown = torch.cat([(labels[:mistakes] + 1) % 10, labels[mistakes:]])
-    output = F.one_hot(shown, 10).double().log_softmax(dim=1)
-    row = {"epoch": 1, "train_loss": 1, "eval_loss": 1}
-    row |= {"train_accuracy": 90, "eval_accuracy": 100 - mistakes / 2}
+    row = {"train_loss": 1, "eval_loss": 0.02, "train_accuracy": 50}
+    history = [row | {"epoch": n, "eval_accuracy": 98 + n / 2} for n in (1, 2, 3)]
     args = mnist_cnn.parse_arguments(["--holdout", "9"])
-    mnist_cnn.draw_report(tmp_path / "x.png", args, [row], images, labels, output)
-    axes = {ax.get_title(): ax for ax in drawn[0].axes}
-    names = [ax.get_title() for ax in drawn[0].axes[3:]]
-    assert [" as " in name for name in names] == [True] * min(mistakes, 12)
-    legend = axes["error in %"].get_legend().get_texts()
-    assert [text.get_text() for text in legend] == ["training", "validation"]
-    assert axes["error in %"].get_yscale() == "log"
+    mnist_cnn.draw_report(tmp_path / "report.png", args, history)
+    loss, error = drawn[0].axes
+    drawn[0].draw_without_rendering()
+    for ax, numbers in ((loss, {"0.02", "0.1", "1"}), (error, {"0.5", "1", "50"})):
+        assert ax.get_yscale() == "log"
+        assert numbers <= {
+            label.get_text() for label in ax.get_yticklabels(which="both")
+        }
+        names = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert names == ["training", "validation"]
+    assert error.get_lines()[1].get_ydata().tolist() == [1.5, 1, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +436,7 @@ def test_evaluating_is_the_mean_probability_and_agrees_with_the_run(
     weights, (images, labels) = trained[0] / "seed-5" / "final.pt", datasets[1]
     model = mnist_cnn.Net().eval()
     model.load_state_dict(tensors(weights))
-    padded = mnist_cnn.prepare(F.pad(images, (1, 1, 1, 1)))
+    padded = mnist_cnn.normalise(F.pad(images, (1, 1, 1, 1)))
     shifts = [padded[..., y : y + 28, x : x + 28] for y in moves for x in moves]
     mean = torch.stack([model(shift).softmax(dim=1) for shift in shifts]).mean(dim=0)
     loss = F.nll_loss(mean.log(), labels).item()
