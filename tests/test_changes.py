@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import SCRIPT, result
+from conftest import SCRIPT, metrics, result
 from PIL import Image, ImageDraw
 
 import mnist_cnn
@@ -108,11 +108,13 @@ def test_what_is_added_to_augment_reaches_every_step_and_no_test(
     assert shown == [100] * 6
 
 
-def test_a_schedule_per_epoch_runs(changed, call, data, tmp_path):
-    step_lr = "StepLR(optimizer, step_size=5, gamma=0.5)\n    return model"
-    changed(r"OneCycleLR\(.*?\n    return model", step_lr)
-    flags = ["--data-dir", data, "--epochs", 2, "--out", "run"]
-    assert call(*flags).returncode == 0
+def test_another_schedule_takes_effect(changed, call, data, tmp_path):
+    schedule = "scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.5)"
+    changed(r"scheduler = .*?(?=\n    return model)", schedule)
+    flags = ["--data-dir", data, "--epochs", 2, "--lr", 0.16, "--out", "run"]
+    assert call(*flags, "--batch-size", 60).returncode == 0
+    rates = [row.split(",")[2] for row in metrics(tmp_path / "run" / "seed-1")]
+    assert rates == ["lr", "0.08", "0.04"]  # 10 batches an epoch
 
 
 class RecordedGraph:
