@@ -38,15 +38,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
-def start(*flags, cwd, env=None, **options):
-    """Start the command in a folder and return the process; its output is text."""
+def start(*flags, until=None, env=(), **options):
+    """Start the command; return the process after the first line like ``until``."""
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, flags)],
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        **{**pipes, **options},
-    )
+    process = subprocess.Popen(command, env=os.environ | dict(env), **pipes | options)
+    while until and not re.match(until, process.stdout.readline()):
+        assert process.poll() is None
+    return process
 
 
 def run(*flags, **options):
@@ -64,11 +63,10 @@ def call(tmp_path, monkeypatch, capsys):
 
     def call_main(*flags):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", *map(str, flags)])
         capsys.readouterr()
         status = 0
         try:
-            mnist_cnn.main(sys.argv[1:])
+            mnist_cnn.main([*map(str, flags)])
         except SystemExit as end:
             status = end.code
         output, errors = capsys.readouterr()
@@ -79,20 +77,20 @@ def call(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def stopped(call, monkeypatch):
-    """Run the command in this process until its first epoch is saved."""
+    """Run the command in this process until a file of this name is to appear."""
 
-    def stop_after_an_epoch(*flags):
-        def save_and_stop(path, content):
-            save(path, content)
-            if path.name == "metrics.csv":
+    def stop_at(name, *flags):
+        def replace_or_stop(path, target):
+            if Path(target).name == name:
                 raise KeyboardInterrupt
+            return replace(path, target)
 
-        save = mnist_cnn.save
+        replace = Path.replace
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(mnist_cnn, "save", save_and_stop)
+            patch.setattr(Path, "replace", replace_or_stop)
             call(*flags)
 
-    return stop_after_an_epoch
+    return stop_at
 
 
 def assert_one_line(process, status, *parts):
@@ -109,6 +107,15 @@ def no_network(monkeypatch):
     """Send downloads to a port where nobody listens, here and in started scripts."""
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """The name of a picture of a one, beside which the command runs."""
+    picture = Image.new("L", (200, 200), 200)
+    ImageDraw.Draw(picture).line([(100, 40), (100, 160)], 20, 12)
+    picture.save(tmp_path / "photo.jpg")
+    return "photo.jpg"
 
 
 def write_idx(folder, datasets):
@@ -174,12 +181,8 @@ def train(call, data, tmp_path):
     return train_with
 
 
-ROW = re.compile(r" +\d+ +(\d+) +(\S+)( +\d+(\.\d+)?){5}")
-
-
-def rows(output):
-    """The rows of the table of epochs in a printed output, as matches."""
-    return [match for line in output.splitlines() if (match := ROW.fullmatch(line))]
+# A row of the table of epochs; the group is the epoch.
+ROW = re.compile(r"^ +\d+ +(\d+) +\S+(?: +\d+(?:\.\d+)?){5}$", re.MULTILINE)
 
 
 def tensors(path):

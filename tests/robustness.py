@@ -28,24 +28,20 @@ CHANGES = {
 
 
 def changed(images, degrees, right, down):
-    """Return uint8 images (N, 1, 28, 28), shifted and then rotated."""
+    """Return images, from 0 to 255, shifted and then rotated."""
     # torchvision rotates first (and clockwise), so the shift rotates with the image.
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     shift = [right * cosine + down * sine, down * cosine - right * sine]
     bilinear = InterpolationMode.BILINEAR
-    pixels = functional.affine(images.float(), -degrees, shift, 1.0, [0.0], bilinear)
-    return pixels.round().byte()
+    return functional.affine(images.float(), -degrees, shift, 1.0, [0.0], bilinear)
 
 
-def accuracies(run, images, labels):
+def accuracies(run, dataset):
     """Return the accuracy of each model of a run."""
-    width = json.loads(Path(run, "config.json").read_text())["width"]
-    values = []
-    for path in sorted(Path(run).glob("seed-*/final.pt")):
-        model = mnist_cnn.Net(width)
+    model = mnist_cnn.Net(json.loads(Path(run, "config.json").read_text())["width"])
+    for path in Path(run).glob("seed-*/final.pt"):
         model.load_state_dict(torch.load(path, "cpu", weights_only=True))
-        values.append(mnist_cnn.test(model, (images, labels), "fp32")[1])
-    return values
+        yield mnist_cnn.test(model, dataset, "fp32")[1]
 
 
 def main():
@@ -58,9 +54,9 @@ def main():
     print("| --- |" + " ---: |" * len(args.runs))
     for name, (degrees, pixels) in CHANGES.items():
         changes = itertools.product(degrees, pixels, pixels)
-        variants = [changed(images, *change) for change in changes]
-        data = torch.cat(variants), labels.repeat(len(variants))
-        cells = [mnist_cnn.interval(accuracies(run, *data)) for run in args.runs]
+        variants = torch.cat([changed(images, *change) for change in changes])
+        data = variants.round().byte(), labels.repeat(len(variants) // len(labels))
+        cells = [mnist_cnn.interval([*accuracies(run, data)]) for run in args.runs]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

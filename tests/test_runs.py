@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import random
 import re
@@ -9,21 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    SCRIPT,
-    assert_one_line,
-    assert_same_run,
-    result,
-    run,
-    start,
-    tensors,
-)
+from conftest import ROW, assert_one_line, assert_same_run, result, run, start, tensors
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mnist_cnn
@@ -42,10 +35,9 @@ def copy(trained, tmp_path):
     return tmp_path / "copy"
 
 
-def unfinish(seed_folder, epochs):
-    """Take a seed back to where it was after so many epochs, as a kill would."""
-    kept = {"checkpoint.pt", "metrics.csv"} if epochs else set()
-    for name in SEED_FILES - kept:
+def unfinish(seed_folder):
+    """Take a seed back to where it was after its last epoch, as a kill would."""
+    for name in ("final.pt", "result.json", "report.png"):
         (seed_folder / name).unlink()
 
 
@@ -63,8 +55,7 @@ def test_a_run_leaves_its_files(trained):
 
 def test_the_result_is_the_last_row_of_the_metrics(train):
     folder = train("--epochs", 2)
-    with open(folder / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = [*csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
     assert [row["epoch"] for row in rows] == ["1", "2"]
     last = {name: float(value) for name, value in rows[-1].items()}
     assert result(folder) == last | {"accuracy": last["eval_accuracy"]}
@@ -80,19 +71,10 @@ def test_a_folder_that_is_not_empty_is_left_alone(call, data, tmp_path):
 
 @pytest.mark.parametrize("file", ["mnist_cnn.py", "config.json"])
 def test_a_run_stopped_while_it_makes_its_folder_can_be_started_again(
-    call, data, tmp_path, monkeypatch, file
+    call, stopped, data, tmp_path, file
 ):
-    flags = ["--data-dir", data, "--epochs", 1, "--out", "run"]
-    replace = Path.replace
-
-    def stop(path, target):
-        if Path(target).name == file:
-            raise KeyboardInterrupt
-        return replace(path, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", stop)
-        call(*flags)
+    flags = ["--data-dir", data, "--dry-run", "--out", "run"]
+    stopped(file, *flags)
     assert not (tmp_path / "run").exists()
     assert call(*flags).returncode == 0
 
@@ -110,18 +92,17 @@ def test_two_runs_of_the_same_second_have_two_folders(
 @pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked there")
 def test_a_run_that_another_process_continues_is_refused(call, data, tmp_path):
     flags = ["--data-dir", data, "--epochs", 9999, "--out", "run"]
-    with start(*flags, cwd=tmp_path) as process:
-        while not process.stdout.readline().startswith(" seed"):
-            assert process.poll() is None
+    with start(*flags, until=" seed", cwd=tmp_path) as process:
         assert_one_line(call("--resume", "run"), 1, "run is in use")
         process.kill()
 
 
-def test_a_dry_run_leaves_files_only_where_it_is_told(call, data, tmp_path):
-    assert call("--data-dir", data, "--dry-run").returncode == 0
+def test_a_dry_run_leaves_files_only_where_it_is_told(call, data, train, tmp_path):
+    process = call("--data-dir", data, "--dry-run")
+    assert process.returncode == 0
+    assert "--resume" not in process.stdout
     assert names(tmp_path) == set()
-    assert call("--data-dir", data, "--dry-run", "--out", "run").returncode == 0
-    assert names(tmp_path / "run" / "seed-1") == SEED_FILES
+    assert names(train("--dry-run")) == SEED_FILES
 
 
 def test_a_seed_of_several_runs_equals_that_seed_alone(trained, train):
@@ -134,7 +115,7 @@ def test_torchrun_shares_the_seeds_and_prints_one_table(trained, data, tmp_path)
     flags = ["--epochs", 2, "--batch-size", 64, "--lr", 0.3, "--runs", 3, "--seed", 5]
     flags += ["--data-dir", data, "--device", "cpu", "--tta", "--out", "run"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command = [*torchrun, SCRIPT, *map(str, flags)]
+    command = [*torchrun, mnist_cnn.__file__, *map(str, flags)]
     output = subprocess.check_output(command, cwd=tmp_path, text=True)
     assert output.splitlines()[-2:] == trained[1].splitlines()[-2:]
     assert output.count("Total params") == 1
@@ -149,27 +130,22 @@ def test_each_process_of_torchrun_has_a_gpu(call, monkeypatch):
     assert call("--evaluate", "none.pt", "--device", "cpu").stdout == "1\n"
 
 
-@pytest.fixture
-def diverging(data, call, monkeypatch, tmp_path):
-    """Three seeds of which the second diverges in its second epoch: folder, process."""
-    epochs = iter(range(1, 100))
-    train_epoch = mnist_cnn.train_epoch
+def test_a_seed_that_diverges_is_recorded_and_not_trained_again(
+    call, data, monkeypatch, tmp_path
+):
+    losses = iter([1, 1, 1, math.nan, 1, 1])  # of three seeds, two epochs each
 
-    def break_the_fourth(*training):
-        lr, loss, accuracy = yield from train_epoch(*training)
-        return lr, float("nan") if next(epochs) == 4 else loss, accuracy
+    def train_epoch(*training):
+        yield
+        return 0.1, next(losses), 90
 
-    monkeypatch.setattr(mnist_cnn, "train_epoch", break_the_fourth)
-    flags = ["--data-dir", data, "--epochs", 2, "--runs", 3, "--out", "run"]
-    return tmp_path / "run", call(*flags)
-
-
-def test_a_seed_that_diverges_is_recorded_and_not_trained_again(diverging, call):
-    folder, first = diverging
-    for process in (first, call("--resume", "run")):
+    monkeypatch.setattr(mnist_cnn, "train_epoch", train_epoch)
+    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--runs", 3]
+    flags += ["--out", "run"]
+    for process in (call(*flags), call("--resume", "run")):
         assert_one_line(process, 1, "1 of 3 diverged")
         assert re.search(r"^run +2 .* 1 of 3 diverged$", process.stdout, re.MULTILINE)
-        assert result(folder / "seed-2") == {"diverged_in_epoch": 2}
+        assert result(tmp_path / "run" / "seed-2") == {"diverged_in_epoch": 2}
     assert "1 of 3 diverged" in call("--compare", "run").stdout
 
 
@@ -186,22 +162,17 @@ def test_runs_killed_at_a_random_moment_end_like_one_that_was_not(call, data, tm
     flags = ["--data-dir", data, "--device", "cpu", "--epochs", 10, "--out"]
     call(*flags, "whole")
     moments = random.Random(0)
-    folders = ["first", "second"]  # side by side, to save time
-    processes = [start(*flags, folder, cwd=tmp_path) for folder in folders]
-    for process in processes:
-        while not process.stdout.readline().startswith(" seed"):
-            assert process.poll() is None  # from that line on it trains and writes
-        time.sleep(moments.uniform(0, 0.4))
-        process.kill()
-        process.communicate(timeout=60)
-    for folder in folders:
+    for folder in ("first", "second"):
+        with start(*flags, folder, until=" seed", cwd=tmp_path) as process:
+            time.sleep(moments.uniform(0, 0.4))
+            process.kill()
         assert call("--resume", folder).returncode == 0
         assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / folder / "seed-1")
         assert not list((tmp_path / folder).rglob("*.new"))
 
 
 def test_resuming_trains_only_what_is_not_finished(trained, copy, call):
-    unfinish(copy / "seed-6", 2)
+    unfinish(copy / "seed-6")
     (copy / "seed-6" / "metrics.csv").unlink()  # the checkpoint is written before it
     shutil.rmtree(copy / "seed-7")
     (copy / "seed-6" / "metrics.csv.new").touch()  # of a killed process
@@ -218,12 +189,10 @@ def test_resuming_trains_only_what_is_not_finished(trained, copy, call):
 
 
 def test_resuming_can_add_seeds_and_takes_none_away(copy, call):
-    process = call("--resume", "copy", "--runs", 2)
-    assert re.search(r"^copy +3 ", process.stdout, re.MULTILINE)
-    process = call("--resume", "copy", "--runs", 4)
-    assert process.returncode == 0
-    assert re.search(r"^copy +4 ", process.stdout, re.MULTILINE)
-    assert re.search(r"^copy +4 ", call("--resume", "copy").stdout, re.MULTILINE)
+    for flags, seeds in ((["--runs", 2], 3), (["--runs", 4], 4), ([], 4)):
+        process = call("--resume", "copy", *flags)
+        assert process.returncode == 0
+        assert re.search(rf"^copy +{seeds} ", process.stdout, re.MULTILINE)
 
 
 def test_resuming_with_another_script_is_refused(copy, call, monkeypatch):
@@ -240,22 +209,29 @@ def test_resuming_on_other_data_is_refused(copy, call, data, tmp_path):
     assert_one_line(process, 1, "other images", "copy", "--data-dir")
 
 
-def test_a_resumed_run_has_the_number_of_threads_it_had(data, call, tmp_path, request):
-    request.addfinalizer(lambda: torch.set_num_threads(1))
-    torch.set_num_threads(2)
-    call("--data-dir", data, "--device", "cpu", "--epochs", 2, "--out", "whole")
+@pytest.fixture
+def one_thread():
+    """One thread again after a test that changes the number."""
+    yield
     torch.set_num_threads(1)
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    unfinish(tmp_path / "resumed" / "seed-1", 0)
+
+
+def test_a_resumed_run_has_the_number_of_threads_it_had(
+    train, call, tmp_path, one_thread
+):
+    torch.set_num_threads(2)
+    seed_folder = train("--epochs", 2)
+    torch.set_num_threads(1)
+    shutil.copytree(seed_folder.parent, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "seed-1")
     assert call("--resume", "resumed").returncode == 0
     assert torch.get_num_threads() == 2
-    assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / "resumed" / "seed-1")
+    assert_same_run(tmp_path / "resumed" / "seed-1", seed_folder)
 
 
 def test_a_run_of_more_threads_than_cores_is_resumed_with_a_warning(
-    copy, call, request
+    copy, call, one_thread
 ):
-    request.addfinalizer(lambda: torch.set_num_threads(1))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"threads": 10_000}))
     process = call("--resume", "copy")
@@ -265,27 +241,23 @@ def test_a_run_of_more_threads_than_cores_is_resumed_with_a_warning(
 
 
 def test_momentum_in_the_memory_layout_of_another_device_changes_nothing(
-    call, stopped, data, tmp_path
+    call, train, stopped, data, tmp_path
 ):
-    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--out"]
-    assert call(*flags, "whole").returncode == 0
-    stopped(*flags, "cut")
+    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--out", "cut"]
+    stopped("metrics.csv", *flags)
     path = tmp_path / "cut" / "seed-1" / "checkpoint.pt"
     saved = tensors(path)
-    assert not all(
-        x.is_contiguous() for x in filter(torch.is_tensor, tree_leaves(saved))
-    )
+    leaves = filter(torch.is_tensor, tree_leaves(saved))
+    assert not all(leaf.is_contiguous() for leaf in leaves)
     torch.save(tree_map_only(torch.Tensor, torch.Tensor.contiguous, saved), path)
     assert call("--resume", "cut").returncode == 0
-    assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / "cut" / "seed-1")
+    assert_same_run(path.parent, train("--epochs", 2))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="moves a folder that is in use")
 def test_a_run_whose_folder_is_moved_ends_and_makes_no_other(data, tmp_path):
     flags = ["--data-dir", data, "--epochs", 9999, "--out", "run"]
-    with start(*flags, cwd=tmp_path) as process:
-        while not (tmp_path / "run" / "seed-1" / "metrics.csv").exists():
-            assert process.poll() is None
+    with start(*flags, until=ROW, cwd=tmp_path) as process:
         (tmp_path / "run").rename(tmp_path / "moved")
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 1
@@ -327,15 +299,8 @@ def test_weights_that_do_not_fit_are_refused_with_the_script_that_fits(call, tra
     assert_one_line(process, 1, weights, "--width", script, "size mismatch")
 
 
-def test_evaluating_reads_the_test_set_only(call, trained, data, tmp_path):
-    shutil.copytree(data, tmp_path / "data")
-    for path in (tmp_path / "data" / "MNIST" / "raw").glob("train-*"):
-        path.unlink()
-    assert call("--evaluate", trained[0] / "seed-5" / "final.pt").returncode == 0
-
-
 def test_bad_checkpoints_are_refused_by_name_and_left_alone(call, copy, bad_files):
-    unfinish(copy / "seed-5", 2)
+    unfinish(copy / "seed-5")
     checkpoint = copy / "seed-5" / "checkpoint.pt"
     for path in bad_files:
         checkpoint.write_bytes(path.read_bytes())
@@ -364,11 +329,8 @@ def test_a_full_disk_ends_a_run_with_a_good_checkpoint(call, data, tmp_path):
     call(*flags, "whole")
     checkpoint = tmp_path / "whole" / "seed-1" / "checkpoint.pt"
     limit = (checkpoint.stat().st_size - 200,) * 2  # it grows by a row an epoch
-    process = run(
-        *[*flags, "full"],
-        cwd=tmp_path,
-        preexec_fn=lambda: limits.setrlimit(limits.RLIMIT_FSIZE, limit),
-    )
+    limit_files = partial(limits.setrlimit, limits.RLIMIT_FSIZE, limit)
+    process = run(*flags, "full", cwd=tmp_path, preexec_fn=limit_files)
     assert_one_line(process, 1, "File too large")
     assert call("--resume", "full").returncode == 0
     assert not list((tmp_path / "full").rglob("*.new"))
@@ -377,8 +339,8 @@ def test_a_full_disk_ends_a_run_with_a_good_checkpoint(call, data, tmp_path):
 
 def test_a_table_that_cannot_be_written_costs_no_epoch(trained, copy, call):
     """Such as metrics.csv open in Excel: the checkpoint is written before it."""
-    unfinish(copy / "seed-5", 0)
-    (copy / "seed-5" / "metrics.csv").mkdir()  # nothing can take this name now
+    shutil.rmtree(copy / "seed-5")
+    (copy / "seed-5" / "metrics.csv").mkdir(parents=True)  # nothing takes this name
     with pytest.raises(OSError, match="metrics.csv"):
         call("--resume", "copy")
     (copy / "seed-5" / "metrics.csv").rmdir()
@@ -392,7 +354,7 @@ FAILURES = [RuntimeError("no font"), SystemExit(3), OSError(28, "disk full")]
 
 @pytest.mark.parametrize("failure", FAILURES, ids=repr)
 def test_whatever_drawing_does_is_a_warning(copy, call, monkeypatch, failure):
-    unfinish(copy / "seed-6", 2)
+    unfinish(copy / "seed-6")
     drawing = Mock(side_effect=failure)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", drawing)
     process = call("--resume", "copy")
@@ -441,8 +403,10 @@ def test_evaluating_is_the_mean_probability_and_agrees_with_the_run(
     mean = torch.stack([model(shift).softmax(dim=1) for shift in shifts]).mean(dim=0)
     loss = F.nll_loss(mean.log(), labels).item()
     accuracy = 100 * (mean.argmax(dim=1) == labels).double().mean().item()
-    process = call("--data-dir", data, "--evaluate", weights, *flags)
+    no_training_set = shutil.ignore_patterns("train-*")
+    shutil.copytree(data, tmp_path / "data", ignore=no_training_set)
+    process = call("--evaluate", weights, *flags)
     assert process.returncode == 0, process.stderr
     assert process.stdout == f"Test loss {loss:.4f}, accuracy {accuracy:.2f} %\n"
     assert result(weights.parent)[name] == pytest.approx(accuracy)
-    assert names(tmp_path) == set()
+    assert names(tmp_path) == {"data"}

@@ -12,7 +12,7 @@ from robustness import CHANGES, changed, main
 
 
 def test_a_shift_goes_right_and_down_and_leaves_black(datasets):
-    images = 255 - datasets[1][0]
+    images = 255.0 - datasets[1][0]
     shifted = changed(images, 0, 2, 1)
     assert torch.equal(shifted[..., 1:, 2:], images[..., :-1, :-2])
     assert shifted[..., 0, :].sum() + shifted[..., :2].sum() == 0
