@@ -22,8 +22,8 @@ NETWORKS = {
     def forward(self, x):
         return self.layers(x)
 """,
-    "GroupNorm and a Linear": """
-        self.first, self.second = nn.Conv2d(1, 4, 5), nn.Conv2d(4, 8 * width, 3)
+    "20 channels in the first layer, GroupNorm and a Linear": """
+        self.first, self.second = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 8 * width, 3)
         self.norm = nn.GroupNorm(2, 8 * width)
         self.last = nn.Linear(8 * width * 25, 10)
 
@@ -31,16 +31,6 @@ NETWORKS = {
         x = F.max_pool2d(F.relu(self.first(x)), 2)
         x = F.max_pool2d(F.relu(self.norm(self.second(x))), 2)
         return F.log_softmax(self.last(x.flatten(1)).float(), dim=1)
-""",
-    "20 channels in the first layer": """
-        self.conv1 = nn.Conv2d(1, 20, 3)
-        self.conv2 = nn.Conv2d(20, 10 * width, 3)
-        self.out = nn.Conv2d(10 * width, 10, 1)
-
-    def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = self.out(F.relu(self.conv2(x)))
-        return F.log_softmax(x.mean(dim=(2, 3)).float(), dim=1)
 """,
 }
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same_run, metrics, rows, run, start
+from conftest import ROW, assert_same_run, metrics, run, start
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -73,7 +73,8 @@ def test_two_parameter_groups_and_a_momentum_that_changes_take_effect(
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_run_goes_on_on_another_device(call, stopped, data, tmp_path, devices):
     first, second = devices
-    stopped("--data-dir", data, "--epochs", 3, "--device", first, "--out", "run")
+    flags = ["--data-dir", data, "--epochs", 3, "--device", first, "--out", "run"]
+    stopped("metrics.csv", *flags)
     assert call("--resume", "run", "--device", second).returncode == 0
     losses = [row.split(",")[3] for row in metrics(tmp_path / "run" / "seed-1")[1:]]
     assert sorted(losses, reverse=True) == losses
@@ -89,11 +90,9 @@ def test_seeds_side_by_side_equal_each_alone(call, data, tmp_path):
 
 
 def test_a_killed_run_is_resumed_to_the_same_weights(data, tmp_path):
-    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 4]
-    flags += ["--runs", 2, "--out"]
-    assert run(*flags, "whole", cwd=tmp_path).returncode == 0
-    with start(*flags, "cut", cwd=tmp_path) as process:
-        next(line for line in process.stdout if rows(line))
+    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 4, "--runs", 2]
+    assert run(*flags, "--out", "whole", cwd=tmp_path).returncode == 0
+    with start(*flags, "--out", "cut", until=ROW, cwd=tmp_path) as process:
         process.kill()
     assert run("--resume", "cut", cwd=tmp_path).returncode == 0
     for seed in ("seed-1", "seed-2"):
