@@ -6,13 +6,13 @@ Needs the real MNIST in --data-dir. It is no test: nothing passes or fails here.
 """
 
 import argparse
-import itertools
 import multiprocessing
 import platform
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,32 +24,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mnist_cnn
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
-
-BATCH_SIZE, IMAGES = 128, 60_000
-
 
 def usual_loop(args, workers):
-    """Return a function that trains for some steps as tutorials do, image by image."""
+    """Train as tutorials do, image by image; a generator, as is the next one."""
     rotate = transforms.RandomRotation(7, transforms.InterpolationMode.BILINEAR)
     normalise = transforms.Normalize((mnist_cnn.MEAN,), (mnist_cnn.STD,))
     transform = transforms.Compose([rotate, transforms.ToTensor(), normalise])
     data = MNIST(args.data_dir, transform=transform, download=True)
     pin = args.device.startswith("cuda")
     loader = torch.utils.data.DataLoader(
-        data, BATCH_SIZE, shuffle=True, num_workers=workers, pin_memory=pin
+        data, 128, shuffle=True, num_workers=workers, pin_memory=pin
     )
     model = mnist_cnn.Net()
     model.drop = torch.nn.Dropout(0.05)
-    model.to(args.device).train()
+    model.to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), 0.015, 0.9, weight_decay=1e-4)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-
-    def run(steps):
-        for pixels, labels in itertools.islice(batches, steps):
+    while True:
+        for pixels, labels in loader:
             pixels, labels = pixels.to(args.device), labels.to(args.device)
             optimizer.zero_grad()
             output = model(pixels)
@@ -58,29 +49,23 @@ def usual_loop(args, workers):
             optimizer.step()
             loss.item()
             (output.argmax(dim=1) == labels).sum().item()
-
-    return run
+            yield
 
 
 def this_script(args, precision):
-    """Return a function that trains for some steps as the script does."""
+    """Train as the script does."""
     flags = ["--device", args.device, "--precision", precision]
     flags = mnist_cnn.parse_arguments(flags)
     train_set = mnist_cnn.load_mnist(args.data_dir, "train")
     train_set = [part.to(args.device) for part in train_set]
     mnist_cnn.set_up_torch(flags)
-    model, optimizer, scheduler = mnist_cnn.make_training(flags, 1, IMAGES)
+    model, optimizer, scheduler = mnist_cnn.make_training(flags, 1, 60_000)
     sums = torch.zeros(2, device=args.device)
     step = mnist_cnn.make_step(model, optimizer, precision, sums)
     if sums.is_cuda:
         step = mnist_cnn.use_cuda_graph(step, optimizer, eager=False)
-    model.train()
-
-    def run(steps):
-        part = [x[: steps * BATCH_SIZE] for x in train_set]
-        list(mnist_cnn.train_epoch(step, scheduler, part, sums, flags))
-
-    return run
+    while True:
+        yield from mnist_cnn.train_epoch(step, scheduler, train_set, sums, flags)
 
 
 VARIANTS = {
@@ -93,24 +78,28 @@ VARIANTS = {
 
 def prepare(name, args):
     """Make this process that of a variant."""
-    global run
+    global training
+    sys.stdout = None  # the script's bar
     torch.manual_seed(1)
     make, option = VARIANTS[name]
-    run = make(args, option)
-    run(10)  # the first steps choose algorithms and fill caches
+    training = make(args, option)
+    measure(args, 10)  # the first steps choose algorithms and fill caches
 
 
-def measure(args):
-    """Run a block of steps; return ms a step and the most MB of this process so far."""
+def measure(args, steps):
+    """Take a block of steps; return ms a step and this process's peak of MB so far."""
     start = time.perf_counter()
-    run(args.steps)  # ends with .item(), so the device has finished too
-    ms = 1000 * (time.perf_counter() - start) / args.steps
-    peak = float("nan")
+    for _ in range(steps):
+        next(training)
+    torch.ones(1, device=args.device).item()  # waits until the device has finished too
+    ms = 1000 * (time.perf_counter() - start) / steps
     if args.device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated() / 1e6
-    elif resource:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # kB on Linux
-    return ms, peak
+        return ms, torch.cuda.max_memory_allocated() / 1e6
+    with suppress(ImportError):  # on Windows
+        import resource
+
+        return ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # Linux
+    return ms, float("nan")
 
 
 def main():
@@ -128,15 +117,14 @@ def main():
     spawn = multiprocessing.get_context("spawn")
     processes = [ProcessPoolExecutor(1, spawn, prepare, (x, args)) for x in VARIANTS]
     blocks = [
-        [process.submit(measure, args).result() for process in processes]
+        [process.submit(measure, args, args.steps).result() for process in processes]
         for _ in range(args.blocks)
     ]
     medians = [statistics.median(ms for ms, _ in column) for column in zip(*blocks)]
-    usual = min(medians[:2])
     print("| variant | ms a step | x faster usual | peak MB |")
     print("| --- | ---: | ---: | ---: |")
     for name, ms, (_, peak) in zip(VARIANTS, medians, blocks[-1]):
-        print(f"| {name} | {ms:.2f} | {usual / ms:.2f} | {peak:,.0f} |")
+        print(f"| {name} | {ms:.2f} | {min(medians[:2]) / ms:.2f} | {peak:,.0f} |")
 
 
 if __name__ == "__main__":

@@ -31,13 +31,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPT = Path(mnist_cnn.__file__).resolve()
 
 
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
-
-
 def start(*flags, until=None, env=(), **options):
     """Start the command; return the process after the first line like ``until``."""
     command = [sys.executable, str(SCRIPT), *map(str, flags)]
@@ -53,6 +46,15 @@ def run(*flags, **options):
     with start(*flags, **options) as process:
         output, errors = process.communicate(timeout=600)
     return subprocess.CompletedProcess(flags, process.returncode, output, errors)
+
+
+@pytest.fixture
+def long_run(data, tmp_path):
+    """A run of very many epochs in the folder "run", after its first one."""
+    flags = ["--data-dir", data, "--epochs", 9999, "--out", "run"]
+    with start(*flags, until=ROW, cwd=tmp_path) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture

@@ -145,14 +145,6 @@ def test_a_flag_that_is_unknown_or_does_not_fit_is_refused(call, flags, text):
     assert_one_line(call(*flags.split()), 2, text)
 
 
-@pytest.fixture
-def long_run(data, tmp_path):
-    """A run of very many epochs, after its first one."""
-    flags = ["--data-dir", data, "--epochs", 9999]
-    with start(*flags, until=ROW, cwd=tmp_path) as process:
-        yield process
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 def test_ctrl_c_any_number_of_times_ends_with_one_line_and_status_130(long_run):
     for _ in range(5):

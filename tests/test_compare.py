@@ -1,7 +1,7 @@
 """Comparing runs: statistics against scipy, the words for them, and the table."""
 
 import json
-import shutil
+import re
 
 import pytest
 import torch
@@ -12,8 +12,7 @@ def sample(n, mean, deviation):
     """Return n numbers with exactly this mean and standard deviation."""
     numbers = torch.arange(n, dtype=torch.float64)
     numbers -= numbers.mean()
-    scale = deviation / numbers.std() if deviation else 0
-    return (mean + numbers * scale).tolist()
+    return (mean + deviation * numbers / numbers.std()).tolist()
 
 
 @pytest.fixture
@@ -22,14 +21,13 @@ def compare(call, tmp_path):
 
     def compare_runs(*runs, settings=None):
         names = [f"run-{number}" for number in range(1, 1 + len(runs))]
-        for number, (name, accuracies) in enumerate(zip(names, runs, strict=True)):
-            shutil.rmtree(tmp_path / name, ignore_errors=True)
-            for seed, accuracy in enumerate(accuracies, 1):
-                path = tmp_path / name / f"seed-{seed}" / "result.json"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"accuracy": accuracy}))
-            config = {"runs": len(accuracies), "data": 5}
-            config |= settings[number] if settings else {}
+        settings = settings or [{}] * len(runs)
+        for name, accuracies, config in zip(names, runs, settings, strict=True):
+            for seed, accuracy in enumerate(accuracies):
+                folder = tmp_path / name / f"seed-{seed}"
+                folder.mkdir(parents=True)
+                (folder / "result.json").write_text(json.dumps({"accuracy": accuracy}))
+            config = {"runs": len(accuracies), "data": 5} | config
             (tmp_path / name / "config.json").write_text(json.dumps(config))
         return call("--compare", *names)
 
@@ -40,19 +38,9 @@ def rows(process):
     """The table's rows: name, n, mean and interval, difference and word, settings."""
     assert process.returncode == 0, process.stderr
     head, *lines = process.stdout.splitlines()
-    columns = ["run", "n", head.split()[2], "difference", "settings"]
-    starts = [head.index(f" {name}") + 1 for name in columns[1:] if name in head]
-    ends = [*starts[1:], None]
-    return [
-        [line[: starts[0]].strip(), *(line[a:b].strip() for a, b in zip(starts, ends))]
-        for line in lines
-    ]
-
-
-@pytest.fixture
-def words(compare):
-    """The words for the difference of two runs."""
-    return lambda *runs: rows(compare(*runs))[1][3]
+    starts = [title.start() for title in re.finditer(r"\S+( \S+)*", head)]
+    columns = [slice(a, b) for a, b in zip(starts, [*starts[1:], None])]
+    return [[line[column].strip() for column in columns] for line in lines]
 
 
 # scipy.stats.ttest_ind(second, first, equal_var=False).confidence_interval(level)
@@ -80,20 +68,23 @@ def test_a_difference_has_welchs_interval_and_a_word(
     assert [row[3] for row in rows(process)] == ["", *[expected] * others]
 
 
-def test_the_same_results_are_no_difference(words):
-    values = sample(5, 99.3, 0.05)
-    assert words(values, values[::-1]) == "no difference"
-    assert words([99.5] * 5, [99.5] * 3) == "no difference"
-
-
-def test_one_seed_has_a_difference_but_no_interval(words):
-    assert words([99.5], [99.5, 99.7]) == "+0.100  cannot tell: one seed"
-    assert words([99.5], [99.5]) == "+0.000  cannot tell: one seed"
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ([99.2, 99.3, 99.4], [99.4, 99.3, 99.2], "no difference"),
+        ([99.5] * 5, [99.5] * 3, "no difference"),
+        ([99.5], [99.5, 99.7], "+0.100  cannot tell: one seed"),
+        ([99.5], [99.5], "+0.000  cannot tell: one seed"),
+    ],
+)
+def test_equal_results_and_a_single_seed_have_no_interval(
+    compare, first, second, words
+):
+    assert rows(compare(first, second))[1][3] == words
 
 
 def test_each_run_has_a_row_whose_columns_hold_for_every_accuracy(compare):
-    chance = [9.8, 22.0]
-    process = compare([100.0, 100.0], chance, [99.5], [97.0, 97.1, 97.2])
+    process = compare([100.0, 100.0], [9.8, 22.0], [99.5], [97.0, 97.1, 97.2])
     assert "test accuracy" in process.stdout.splitlines()[0]
     # deviation / n ** 0.5 * scipy.stats.t.ppf(0.975, n - 1)
     assert [row[:3] for row in rows(process)] == [
@@ -105,14 +96,11 @@ def test_each_run_has_a_row_whose_columns_hold_for_every_accuracy(compare):
 
 
 def test_a_row_names_the_settings_that_are_not_the_same_in_all_runs(compare):
-    same = {"epochs": 2, "momentum": 0.9, "out": None}
-    settings = [
-        same | {"weight_decay": 0.0, "tta": False, "out": "run-1", "runs": 2},
-        same | {"weight_decay": 5e-4, "tta": True},
-    ]
-    process = compare([99.0, 99.1], [99.1], settings=settings)
-    assert rows(process)[0][4] == "--weight-decay 0.0"
-    assert rows(process)[1][4] == "--weight-decay 0.0005  --tta"
+    first = {"epochs": 2, "weight_decay": 0.0, "tta": False, "out": "run-1"}
+    second = {"epochs": 2, "weight_decay": 5e-4, "tta": True, "out": None}
+    table = rows(compare([99.0, 99.1], [99.1], settings=[first, second]))
+    assert table[0][4] == "--weight-decay 0.0"
+    assert table[1][4] == "--weight-decay 0.0005  --tta"
 
 
 def test_results_on_other_images_are_not_compared(compare):

@@ -6,17 +6,16 @@ from conftest import ROW, assert_same_run, metrics, run, start
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from mnist_cnn import Net, make_model, parse_arguments
+from mnist_cnn import Net, make_model, make_step, make_training, parse_arguments
 
-pytestmark = pytest.mark.cuda
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device here", allow_module_level=True)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_the_same_command_gives_the_same_weights(call, data, tmp_path, device):
-    flags = ["--data-dir", data, "--device", device, "--epochs", 2, "--out"]
-    for folder in ("first", "second"):
-        assert call(*flags, folder).returncode == 0
-    assert_same_run(tmp_path / "first" / "seed-1", tmp_path / "second" / "seed-1")
+def test_the_same_command_gives_the_same_weights(train, device):
+    flags = ["--device", device, "--epochs", 2]
+    assert_same_run(train(*flags), train(*flags))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
@@ -80,13 +79,11 @@ def test_a_run_goes_on_on_another_device(call, stopped, data, tmp_path, devices)
     assert sorted(losses, reverse=True) == losses
 
 
-def test_seeds_side_by_side_equal_each_alone(call, data, tmp_path):
-    flags = ["--data-dir", data, "--device", "cuda", "--epochs", 2, "--out"]
-    assert call(*flags, "many", "--runs", 12).returncode == 0
+def test_seeds_side_by_side_equal_each_alone(train):
+    flags = ["--device", "cuda", "--epochs", 2]
+    many = train(*flags, "--runs", 12).parent
     for seed in (1, 5, 12):
-        assert call(*flags, f"seed {seed}", "--seed", seed).returncode == 0
-        name = f"seed-{seed}"
-        assert_same_run(tmp_path / "many" / name, tmp_path / f"seed {seed}" / name)
+        assert_same_run(many / f"seed-{seed}", train(*flags, "--seed", seed))
 
 
 def test_a_killed_run_is_resumed_to_the_same_weights(data, tmp_path):
@@ -102,17 +99,13 @@ def test_a_killed_run_is_resumed_to_the_same_weights(data, tmp_path):
 def test_one_training_step_agrees_with_the_cpu():
     torch.manual_seed(0)
     inputs, labels = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
-    args = parse_arguments(["--dropout", "0", "--device", "cpu"])
-    start = make_model(args).state_dict()
     stepped = []
     for device in ("cpu", "cuda"):
-        args.device = device
-        model = make_model(args)
-        model.load_state_dict(start)
-        optimizer = torch.optim.SGD(model.parameters(), 0.015, 0.9, weight_decay=1e-4)
-        output = model(inputs.to(device))
-        torch.nn.functional.nll_loss(output, labels.to(device)).backward()
-        optimizer.step()
+        flags = ["--dropout", "0", "--div-factor", "1", "--device", device]
+        args = parse_arguments(flags)
+        model, optimizer, _ = make_training(args, seed=1, total_steps=9)
+        step = make_step(model, optimizer, "fp32", torch.zeros(2, device=device))
+        step(inputs.to(device), labels.to(device))
         stepped.append([p.detach().cpu() for p in model.parameters()])
     for cpu, cuda in zip(*stepped, strict=True):
         torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-4)

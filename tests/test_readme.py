@@ -3,9 +3,7 @@
 import re
 import shlex
 
-import pytest
 from conftest import SCRIPT
-from PIL import Image, ImageDraw
 
 import mnist_cnn
 
@@ -32,16 +30,12 @@ def shape(line):
     return re.sub(r" +", " ", line)
 
 
-@pytest.fixture
-def outputs(call, data, tmp_path):
-    """What every command of the README prints, in order, on small data."""
-    photo = Image.new("L", (200, 200), 200)
-    ImageDraw.Draw(photo).line([(100, 40), (100, 160)], 20, 12)
-    photo.save(tmp_path / "photo.jpg")
-    commands = [line for block in blocks("sh") for line in block.splitlines()]
-    commands = [line for line in commands if line.startswith("python mnist_cnn.py")]
+def test_every_command_runs_and_the_shown_output_has_its_shape(call, data, photo):
+    commands = re.findall(
+        r"^python mnist_cnn.py.*", "".join(blocks("sh")), re.MULTILINE
+    )
     assert len(commands) >= 9
-    printed = {}
+    printed = []
     for command in commands:
         flags = shlex.split(command, comments=True)[2:]
         if "--holdout" in flags:
@@ -54,12 +48,7 @@ def outputs(call, data, tmp_path):
             flags += ["--data-dir", data]
         process = call(*flags)
         assert process.returncode == 0, (command, process.stderr)
-        printed[command] = process.stdout
-    return printed
-
-
-def test_every_command_runs_and_the_shown_output_has_its_shape(outputs):
-    printed = [line for text in outputs.values() for line in text.splitlines()]
+        printed += process.stdout.splitlines()
     shapes = [shape(line) for line in printed]
     for words in ("eval_loss", "runs/lr", "photo.jpg"):
         for line in shown(words).splitlines():
@@ -94,10 +83,8 @@ def test_the_flags_are_those_of_help(call):
 
 
 def test_links_lead_to_files_and_headings():
-    headings = re.findall(r"^## (.*)$", README, re.MULTILINE)
-    anchors = {
-        "#" + re.sub("[^a-z -]", "", h.lower()).replace(" ", "-") for h in headings
-    }
-    targets = re.findall(r"\]\(([^)]+)\)", README)
-    for target in {*targets, *re.findall(r'src="([^"]+)"', README)} - anchors:
+    targets = re.findall(r"(?:\]\(|src=\")([^)\"]+)", README)
+    headings = re.findall(r"^## (.*)$", README.lower(), re.MULTILINE)
+    anchors = {f"#{re.sub('[^a-z -]', '', x).replace(' ', '-')}" for x in headings}
+    for target in {*targets} - anchors:
         assert target.startswith("https://") or (SCRIPT.parent / target).exists()
