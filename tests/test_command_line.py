@@ -58,7 +58,7 @@ def test_a_terminal_shows_a_bar_with_loss_and_accuracy_that_ctrl_c_erases(
     controller, terminal = os.openpty()
 
     def resize(columns):
-        subprocess.run(["stty", "cols", columns], stdin=terminal, check=True)
+        subprocess.run(["stty", "rows", "24", "cols", columns], stdin=terminal, check=True)
 
     def bars():
         lines = shown.decode(errors="ignore").split("\r")[:-1]
