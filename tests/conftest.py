@@ -51,6 +51,8 @@ def run(*flags, **options):
 @pytest.fixture
 def long_run(data, tmp_path):
     """A run of very many epochs in the folder "run", after its first one."""
+    if sys.platform == "win32":
+        pytest.skip("needs POSIX's signals, locks and files")
     flags = ["--data-dir", data, "--epochs", 9999, "--out", "run"]
     with start(*flags, until=ROW, cwd=tmp_path) as process:
         yield process
@@ -75,24 +77,6 @@ def call(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(flags, status, output, errors)
 
     return call_main
-
-
-@pytest.fixture
-def stopped(call, monkeypatch):
-    """Run the command in this process until a file of this name is to appear."""
-
-    def stop_at(name, *flags):
-        def replace_or_stop(path, target):
-            if Path(target).name == name:
-                raise KeyboardInterrupt
-            return replace(path, target)
-
-        replace = Path.replace
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Path, "replace", replace_or_stop)
-            call(*flags)
-
-    return stop_at
 
 
 def assert_one_line(process, status, *parts):
@@ -156,12 +140,14 @@ def data(datasets, tmp_path_factory):
     return write_idx(tmp_path_factory.mktemp("data"), datasets)
 
 
+THREE = "--device cpu --epochs 2 --batch-size 64 --lr 0.3 --tta --runs 3 --seed 5"
+
+
 @pytest.fixture(scope="session")
 def trained(data, tmp_path_factory):
-    """The finished folder of three seeds, 5 to 7, of two epochs, and what was printed."""
+    """The finished folder of three seeds, 5 to 7, and what was printed."""
     folder = tmp_path_factory.mktemp("trained")
-    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--batch-size", 64]
-    flags += ["--lr", 0.3, "--runs", 3, "--seed", 5, "--tta", "--out", "run"]
+    flags = [*THREE.split(), "--data-dir", data, "--out", "run"]
     # A notebook's, which lives in another environment.
     notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     process = run(*flags, cwd=folder, env=notebook)
@@ -174,13 +160,32 @@ def train(call, data, tmp_path):
     """Train with the command; return the folder of its only seed."""
 
     def train_with(*flags):
-        folder = f"run-{len(list(tmp_path.iterdir()))}"
-        flags = ["--data-dir", data, "--device", "cpu", "--out", folder, *flags]
-        process = call(*flags)
+        number = len(list(tmp_path.glob("run-?")))
+        folder = tmp_path / f"run-{number}"
+        process = call("--data-dir", data, "--device", "cpu", "--out", folder, *flags)
         assert process.returncode == 0, process.stderr
-        return next((tmp_path / folder).glob("seed-*"))
+        return next(folder.glob("seed-*"))
 
     return train_with
+
+
+@pytest.fixture
+def stopped(train, monkeypatch):
+    """Train until a file of this name is to appear; return the folder that lacks it."""
+
+    def stop_at(name, *flags):
+        def replace_or_stop(path, target):
+            if Path(target).name == name:
+                raise KeyboardInterrupt(Path(target).parent)
+            return replace(path, target)
+
+        replace = Path.replace
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stop:
+            patch.setattr(Path, "replace", replace_or_stop)
+            train(*flags)
+        return stop.value.args[0]
+
+    return stop_at
 
 
 # A row of the table of epochs; the group is the epoch.

@@ -23,7 +23,7 @@ def compare(call, tmp_path):
         names = [f"run-{number}" for number in range(1, 1 + len(runs))]
         settings = settings or [{}] * len(runs)
         for name, accuracies, config in zip(names, runs, settings, strict=True):
-            for seed, accuracy in enumerate(accuracies):
+            for seed, accuracy in enumerate(accuracies, 1):
                 folder = tmp_path / name / f"seed-{seed}"
                 folder.mkdir(parents=True)
                 (folder / "result.json").write_text(json.dumps({"accuracy": accuracy}))
@@ -77,9 +77,7 @@ def test_a_difference_has_welchs_interval_and_a_word(
         ([99.5], [99.5], "+0.000  cannot tell: one seed"),
     ],
 )
-def test_equal_results_and_a_single_seed_have_no_interval(
-    compare, first, second, words
-):
+def test_equal_results_or_one_seed_have_no_interval(compare, first, second, words):
     assert rows(compare(first, second))[1][3] == words
 
 

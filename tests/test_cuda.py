@@ -70,12 +70,10 @@ def test_two_parameter_groups_and_a_momentum_that_changes_take_effect(
 
 
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")])
-def test_a_run_goes_on_on_another_device(call, stopped, data, tmp_path, devices):
-    first, second = devices
-    flags = ["--data-dir", data, "--epochs", 3, "--device", first, "--out", "run"]
-    stopped("metrics.csv", *flags)
-    assert call("--resume", "run", "--device", second).returncode == 0
-    losses = [row.split(",")[3] for row in metrics(tmp_path / "run" / "seed-1")[1:]]
+def test_a_run_goes_on_on_another_device(call, stopped, devices):
+    folder = stopped("metrics.csv", "--epochs", 3, "--device", devices[0])
+    assert call("--resume", folder.parent, "--device", devices[1]).returncode == 0
+    losses = [row.split(",")[3] for row in metrics(folder)[1:]]
     assert sorted(losses, reverse=True) == losses
 
 

@@ -16,9 +16,7 @@ from mnist_cnn import augment, load_mnist, normalise
 
 
 @pytest.mark.parametrize(("rotation", "shift"), [(180, 5), (30, 0), (0, 3)])
-def test_each_image_is_shifted_and_rotated_at_random_as_by_torchvision(
-    datasets, rotation, shift
-):
+def test_images_are_shifted_and_rotated_as_by_torchvision(datasets, rotation, shift):
     images = datasets[0][0][:200]
     torch.manual_seed(0)
     degrees = torch.empty(200).uniform_(-rotation, rotation).tolist()
@@ -35,9 +33,7 @@ def test_training_images_have_zero_mean_and_unit_deviation(real_mnist):
     assert pixels.std().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_an_epoch_augments_each_training_image_once_in_random_order_and_no_other(
-    train, datasets, monkeypatch
-):
+def test_an_epoch_shows_each_image_once_in_random_order(train, datasets, monkeypatch):
     shown = []
 
     def watched(images, *settings):
@@ -55,23 +51,17 @@ def idx_files(folder):
     return sorted((folder / "MNIST" / "raw").iterdir())
 
 
-def pack(folder):
-    """Pack the IDX files of a --data-dir as .gz."""
-    for path in idx_files(folder):
-        packed = gzip.compress(path.read_bytes(), 1)
-        path.with_name(f"{path.name}.gz").write_bytes(packed)
+@pytest.fixture(params=["unpacked", "gz"])
+def small(request, datasets, tmp_path):
+    """A --data-dir of a test's own, its IDX files unpacked or as .gz."""
+    folder = write_idx(tmp_path / "small", datasets)
+    for path in idx_files(folder) if request.param == "gz" else []:
+        Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
         path.unlink()
     return folder
 
 
-@pytest.fixture
-def small(datasets, tmp_path):
-    return write_idx(tmp_path / "small", datasets)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_idx_files_are_read_as_they_were_written(small, datasets, packed, no_network):
-    pack(small) if packed else None
+def test_idx_files_are_read_as_they_were_written(small, datasets, no_network):
     before = {path: path.read_bytes() for path in idx_files(small)}
     for part, written in zip(("train", "t10k"), datasets, strict=True):
         images, labels = load_mnist(small, part)
@@ -81,11 +71,8 @@ def test_idx_files_are_read_as_they_were_written(small, datasets, packed, no_net
 
 
 @pytest.mark.parametrize("which", range(4))
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_damaged_or_missing_file_is_named_and_all_are_left_alone(
-    call, small, which, packed
-):
-    path = idx_files(pack(small) if packed else small)[which]
+def test_a_damaged_or_missing_file_is_named_and_all_are_left_alone(call, small, which):
+    path = idx_files(small)[which]
     good = path.read_bytes()
     for bad in (good[:-100], b"\xff" * 4 + good[4:], b""):
         path.write_bytes(bad)
@@ -115,9 +102,7 @@ def test_no_data_and_no_network_names_the_folder_and_the_way_out(call, no_networ
     assert_one_line(process, 1, os.path.join("none", "MNIST", "raw"), "README")
 
 
-def test_a_download_appears_whole_and_two_at_once_do_not_disturb_each_other(
-    datasets, tmp_path, monkeypatch
-):
+def test_a_download_appears_whole_even_beside_another(datasets, tmp_path, monkeypatch):
     def slow_download(folder, download):
         assert download
         write_idx(Path(folder), datasets)
@@ -154,10 +139,10 @@ def test_with_a_holdout_the_test_set_is_not_read(call, small, no_network):
     assert "test" not in process.stdout
 
 
-def test_the_validation_set_is_the_end_of_the_training_set(small):
-    flags = ["--data-dir", str(small), "--device", "cpu", "--holdout", "100"]
+def test_the_validation_set_is_the_end_of_the_training_set(data):
+    flags = ["--data-dir", str(data), "--device", "cpu", "--holdout", "100"]
     args = mnist_cnn.parse_arguments(flags)
     train_set, validation_set = mnist_cnn.load_datasets(args)
-    images, labels = load_mnist(small, "train")
+    images, labels = load_mnist(data, "train")
     assert torch.equal(torch.cat([train_set[0], validation_set[0]]), images)
     assert torch.equal(validation_set[1], labels[-100:])
