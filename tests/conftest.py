@@ -89,13 +89,6 @@ def assert_one_line(process, status, *parts):
 
 
 @pytest.fixture
-def no_network(monkeypatch):
-    """Send downloads to a port where nobody listens, here and in started scripts."""
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-
-
-@pytest.fixture
 def photo(tmp_path):
     """The name of a picture of a one, beside which the command runs."""
     picture = Image.new("L", (200, 200), 200)
@@ -192,7 +185,7 @@ def stopped(train, monkeypatch):
 ROW = re.compile(r"^ +\d+ +(\d+) +\S+(?: +\d+(?:\.\d+)?){5}$", re.MULTILINE)
 
 
-def tensors(path):
+def load(path):
     return torch.load(path, weights_only=True)
 
 
@@ -209,7 +202,7 @@ def metrics(folder):
 def assert_same_run(first, second):
     """Whether two seed folders agree bit for bit."""
     assert metrics(first) == metrics(second)
-    weights = [tensors(folder / "final.pt") for folder in (first, second)]
+    weights = [load(folder / "final.pt") for folder in (first, second)]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
@@ -230,10 +223,8 @@ def real_mnist():
 def real_run(real_mnist, tmp_path_factory):
     """The folder of a model trained with the recipe quick on half of MNIST, once."""
     folder = tmp_path_factory.mktemp("real")
-    images, labels = mnist_cnn.load_mnist(real_mnist, "train")
-    halves = (images[:30_000], labels[:30_000]), (images[-2000:], labels[-2000:])
-    flags = ["--data-dir", write_idx(folder, halves), "--out", "run"]
-    flags += ["--recipe", "quick", "--epochs", 1]
+    flags = ["--data-dir", real_mnist, "--recipe", "quick", "--epochs", 1]
+    flags += ["--holdout", 30_000, "--out", "run"]
     process = run(*flags, cwd=folder, env={"OMP_NUM_THREADS": "2"})
     assert process.returncode == 0, process.stderr
     return folder / "run" / "seed-1"

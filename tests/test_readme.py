@@ -1,22 +1,26 @@
 """The README: its commands run, its output has the shape of the real one."""
 
+import itertools
 import re
 import shlex
+import statistics
+import sys
+from argparse import Namespace
 
-from conftest import SCRIPT
+import pytest
+import robustness
+from benchmark import VARIANTS
+from conftest import SCRIPT, result
 
 import mnist_cnn
 
 README = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
 def shown(words):
     """The one block of output that holds these words."""
-    (text,) = (text for text in blocks("text") if words in text)
+    blocks = re.findall(r"^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (text,) = (text for text in blocks if words in text)
     return text
 
 
@@ -31,9 +35,7 @@ def shape(line):
 
 
 def test_every_command_runs_and_the_shown_output_has_its_shape(call, data, photo):
-    commands = re.findall(
-        r"^python mnist_cnn.py.*", "".join(blocks("sh")), re.MULTILINE
-    )
+    commands = re.findall(r"^python mnist_cnn.py.*", README, re.MULTILINE)
     assert len(commands) >= 9
     printed = []
     for command in commands:
@@ -88,3 +90,20 @@ def test_links_lead_to_files_and_headings():
     anchors = {f"#{re.sub('[^a-z -]', '', x).replace(' ', '-')}" for x in headings}
     for target in {*targets} - anchors:
         assert target.startswith("https://") or (SCRIPT.parent / target).exists()
+
+
+def test_the_first_row_is_the_result_of_the_run(trained, data, monkeypatch, capsys):
+    command = ["robustness.py", str(trained[0]), "--data-dir", str(data)]
+    monkeypatch.setattr(sys, "argv", command)
+    robustness.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(robustness.CHANGES)
+    values = [result(seed)["eval_accuracy"] for seed in trained[0].glob("seed-*")]
+    assert lines[2].startswith(f"| as they are | {statistics.mean(values):.2f} ± ")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_trains_for_more_steps_than_an_epoch_has(variant, data):
+    make, option = VARIANTS[variant]
+    training = make(Namespace(device="cpu", data_dir=data), option)
+    assert len(list(itertools.islice(training, 7))) == 7  # an epoch has 5

@@ -15,15 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    THREE,
-    assert_one_line,
-    assert_same_run,
-    result,
-    run,
-    start,
-    tensors,
-)
+from conftest import THREE, assert_one_line, assert_same_run, load, result, run, start
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mnist_cnn
@@ -78,9 +70,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(call, data, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["mnist_cnn.py", "config.json"])
-def test_a_run_stopped_in_making_its_folder_starts_again(
-    train, stopped, tmp_path, file
-):
+def test_a_run_stopped_making_its_folder_starts_again(train, stopped, tmp_path, file):
     stopped(file)
     assert names(tmp_path) == {"run-0.new"}
     assert train("--epochs", 1).parent == tmp_path / "run-0"
@@ -122,9 +112,7 @@ def test_each_process_of_torchrun_has_a_gpu(call, monkeypatch):
     assert call("--evaluate", "none.pt", "--device", "cpu").stdout == "1\n"
 
 
-def test_a_diverging_seed_is_recorded_and_not_trained_again(
-    call, data, monkeypatch, tmp_path
-):
+def test_a_diverged_seed_is_recorded_and_skipped(call, data, monkeypatch, tmp_path):
     # Two epochs and the end of each of three seeds, but for the second's.
     losses = iter([1, 1, 1, 1, math.nan, 1, 1, 1])
     monkeypatch.setattr(mnist_cnn, "test", lambda *_: (next(losses), 90))
@@ -146,9 +134,7 @@ def test_seeds_that_diverge_are_recorded_with_what_to_try(call, data, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
 @pytest.mark.parametrize("moment", [random.Random(n).uniform(0, 1) for n in (0, 1)])
-def test_a_run_killed_at_a_random_moment_ends_as_others(
-    call, trained, data, tmp_path, moment
-):
+def test_a_run_killed_at_any_moment_ends_alike(call, trained, data, tmp_path, moment):
     flags = [*THREE.split(), "--data-dir", data, "--out", "run"]
     with start(*flags, until=" seed", cwd=tmp_path) as process:
         time.sleep(moment)
@@ -183,18 +169,15 @@ def test_resuming_can_add_seeds_and_takes_none_away(copy, call):
         assert re.search(rf"^copy +{seeds} ", process.stdout, re.MULTILINE)
 
 
-def test_resuming_with_another_script_is_refused(copy, call, monkeypatch):
-    monkeypatch.setattr(mnist_cnn, "SOURCE", mnist_cnn.SOURCE + b"# changed")
-    process = call("--resume", "copy")
-    assert_one_line(process, 1, "copy has another script", "mnist_cnn.py")
-
-
-def test_resuming_on_other_data_is_refused(copy, call, data, tmp_path):
+def test_other_data_or_script_is_refused(copy, call, data, tmp_path, monkeypatch):
     shutil.copytree(data, tmp_path / "other")
     path = tmp_path / "other" / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-392] + b"\1" * 392)  # half an image
     process = call("--resume", "copy", "--data-dir", "other")
     assert_one_line(process, 1, "other images", "copy", "--data-dir")
+    monkeypatch.setattr(mnist_cnn, "SOURCE", mnist_cnn.SOURCE + b"# changed")
+    process = call("--resume", "copy")
+    assert_one_line(process, 1, "copy has another script", "mnist_cnn.py")
 
 
 def test_a_resumed_run_has_as_many_threads_or_warns(train, call, tmp_path, request):
@@ -218,7 +201,7 @@ def test_a_resumed_run_has_as_many_threads_or_warns(train, call, tmp_path, reque
 def test_momentum_in_another_devices_layout_changes_nothing(call, train, stopped):
     folder = stopped("metrics.csv", "--epochs", 2)
     path = folder / "checkpoint.pt"
-    saved = tensors(path)
+    saved = load(path)
     assert len(saved[1]) == 1  # the checkpoint has the epoch before the table has it
     leaves = filter(torch.is_tensor, tree_leaves(saved))
     assert not all(leaf.is_contiguous() for leaf in leaves)
@@ -253,18 +236,13 @@ def bad_files(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_bad_weights_are_refused_by_name(call, trained, bad_files, tmp_path):
-    checkpoint = trained[0] / "seed-5" / "checkpoint.pt"
-    for path in [*bad_files, checkpoint, tmp_path / "missing.pt"]:
+def test_bad_weights_are_refused_with_the_script_that_fits(call, trained, bad_files):
+    folder = trained[0] / "seed-5"
+    for path in [*bad_files, folder / "checkpoint.pt", folder / "missing.pt"]:
         for job in ([], ["--predict", "picture.png"]):
             assert_one_line(call("--evaluate", path, *job), 1, path, "final.pt")
-
-
-def test_weights_that_do_not_fit_are_refused_with_the_script_that_fits(call, trained):
-    weights = trained[0] / "seed-5" / "final.pt"
-    process = call("--evaluate", weights, "--width", 2)
-    script = trained[0] / "mnist_cnn.py"
-    assert_one_line(process, 1, weights, "--width", script, "size mismatch")
+    process = call("--evaluate", folder / "final.pt", "--width", 2)
+    assert_one_line(process, 1, "--width", trained[0] / "mnist_cnn.py", "size mismatch")
 
 
 def test_bad_checkpoints_are_refused_by_name_and_left_alone(call, copy, bad_files):
@@ -290,18 +268,18 @@ def test_a_damaged_file_ends_with_one_line_and_no_table(call, copy, name, conten
     assert "accuracy" not in process.stdout
 
 
-def test_a_full_disk_ends_a_run_with_a_good_checkpoint(call, data, tmp_path):
+def test_a_full_disk_ends_a_run_with_a_good_checkpoint(train, call, data, tmp_path):
     limits = pytest.importorskip("resource", reason="limits files as POSIX does")
-    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 3, "--out"]
-    call(*flags, "whole")
-    checkpoint = tmp_path / "whole" / "seed-1" / "checkpoint.pt"
-    limit = (checkpoint.stat().st_size - 200,) * 2  # it grows by a row an epoch
+    whole = train("--epochs", 3)
+    # A checkpoint grows by a row an epoch.
+    limit = ((whole / "checkpoint.pt").stat().st_size - 200,) * 2
     limit_files = partial(limits.setrlimit, limits.RLIMIT_FSIZE, limit)
-    process = run(*flags, "full", cwd=tmp_path, preexec_fn=limit_files)
+    flags = ["--data-dir", data, "--device", "cpu", "--epochs", 3, "--out", "full"]
+    process = run(*flags, cwd=tmp_path, preexec_fn=limit_files)
     assert_one_line(process, 1, "File too large")
     assert call("--resume", "full").returncode == 0
     assert not list((tmp_path / "full").rglob("*.new"))
-    assert_same_run(tmp_path / "whole" / "seed-1", tmp_path / "full" / "seed-1")
+    assert_same_run(whole, tmp_path / "full" / "seed-1")
 
 
 @pytest.mark.parametrize(
@@ -320,10 +298,8 @@ def test_whatever_drawing_does_is_a_warning(copy, call, monkeypatch, failure):
 
 
 def test_the_report_has_logarithmic_axes_with_plain_numbers(monkeypatch, tmp_path):
-    from matplotlib.figure import Figure
-
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_: drawn.append(figure))
+    drawn, savefig = [], "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(savefig, lambda figure, *_: drawn.append(figure))
     row = {"train_loss": 1, "eval_loss": 0.02, "train_accuracy": 50}
     history = [row | {"epoch": n, "eval_accuracy": 98 + n / 2} for n in (1, 2, 3)]
     args = mnist_cnn.parse_arguments(["--holdout", "9"])
@@ -346,7 +322,7 @@ def test_evaluating_is_the_mean_probability_and_agrees_with_the_run(
     moves, name = ([0, 1, 2], "accuracy") if flags else ([1], "eval_accuracy")
     weights, (images, labels) = trained[0] / "seed-5" / "final.pt", datasets[1]
     model = mnist_cnn.Net().eval()
-    model.load_state_dict(tensors(weights))
+    model.load_state_dict(load(weights))
     padded = mnist_cnn.normalise(F.pad(images, (1, 1, 1, 1)))
     shifts = [padded[..., y : y + 28, x : x + 28] for y in moves for x in moves]
     mean = torch.stack([model(shift).softmax(dim=1) for shift in shifts]).mean(dim=0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import result, tensors
+from conftest import load, result
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -92,9 +92,7 @@ def test_any_share_of_warm_up_works_in_a_run_of_five_batches(train, steps, pct_s
     assert len(steps) == 5
 
 
-def test_a_dry_run_takes_one_step_and_leaves_files_only_where_it_is_told(
-    call, data, train, steps, tmp_path
-):
+def test_a_dry_run_takes_a_step_and_leaves_no_files(call, data, train, steps, tmp_path):
     process = call("--data-dir", data, "--dry-run", "--epochs", 7)
     assert process.returncode == 0
     assert "--resume" not in process.stdout
@@ -105,19 +103,17 @@ def test_a_dry_run_takes_one_step_and_leaves_files_only_where_it_is_told(
 
 @pytest.mark.parametrize("flag", ["--seed=2", "--rotation=0", "--shift=2"])
 def test_the_flag_reaches_the_training(train, flag):
-    first, second = (
-        tensors(train("--epochs", 1, *more) / "final.pt") for more in ([], [flag])
-    )
+    first = load(train("--epochs", 1) / "final.pt")
+    second = load(train("--epochs", 1, flag) / "final.pt")
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_bf16_computes_in_less_precision_and_learns_nearly_the_same(train):
     fp32, bf16 = train("--epochs", 3), train("--epochs", 3, "--precision", "bf16")
-    assert result(fp32)["eval_loss"] != result(bf16)["eval_loss"]
-    assert result(fp32)["eval_loss"] == pytest.approx(
-        result(bf16)["eval_loss"], rel=0.1
-    )
-    dtypes = {tensor.dtype for tensor in tensors(bf16 / "final.pt").values()}
+    first, second = (result(folder)["eval_loss"] for folder in (fp32, bf16))
+    assert first != second
+    assert first == pytest.approx(second, rel=0.1)
+    dtypes = {tensor.dtype for tensor in load(bf16 / "final.pt").values()}
     assert dtypes == {torch.float32, torch.int64}
 
 
