@@ -32,9 +32,8 @@ def usual_loop(args, workers):
     transform = transforms.Compose([rotate, transforms.ToTensor(), normalise])
     data = MNIST(args.data_dir, transform=transform, download=True)
     pin = args.device.startswith("cuda")
-    loader = torch.utils.data.DataLoader(
-        data, 128, shuffle=True, num_workers=workers, pin_memory=pin
-    )
+    options = {"shuffle": True, "num_workers": workers, "pin_memory": pin}
+    loader = torch.utils.data.DataLoader(data, 128, **options)
     model = mnist_cnn.Net()
     model.drop = torch.nn.Dropout(0.05)
     model.to(args.device)
@@ -55,10 +54,9 @@ def usual_loop(args, workers):
 def this_script(args, precision):
     """Train as the script does."""
     flags = ["--device", args.device, "--precision", precision]
-    flags = mnist_cnn.parse_arguments(flags)
-    train_set = mnist_cnn.load_mnist(args.data_dir, "train")
-    train_set = [part.to(args.device) for part in train_set]
+    flags = mnist_cnn.parse_arguments([*flags, "--data-dir", args.data_dir])
     mnist_cnn.set_up_torch(flags)
+    train_set, _ = mnist_cnn.load_datasets(flags)
     model, optimizer, scheduler = mnist_cnn.make_training(flags, 1, 60_000)
     sums = torch.zeros(2, device=args.device)
     step = mnist_cnn.make_step(model, optimizer, precision, sums)
@@ -104,8 +102,9 @@ def measure(args, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=best)
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--steps", type=int, default=40, help="steps in a block")
     parser.add_argument("--blocks", type=int, default=7, help="blocks of each variant")
@@ -120,7 +119,7 @@ def main():
         [process.submit(measure, args, args.steps).result() for process in processes]
         for _ in range(args.blocks)
     ]
-    medians = [statistics.median(ms for ms, _ in column) for column in zip(*blocks)]
+    medians = [statistics.median(ms for ms, _ in turns) for turns in zip(*blocks)]
     print("| variant | ms a step | x faster usual | peak MB |")
     print("| --- | ---: | ---: | ---: |")
     for name, ms, (_, peak) in zip(VARIANTS, medians, blocks[-1]):

@@ -126,21 +126,19 @@ def test_a_failed_download_is_explained_and_leaves_no_file(call, tmp_path, monke
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_with_a_holdout_the_test_set_is_not_read(call, small):
+def test_a_holdout_is_the_end_of_the_training_set_and_replaces_the_test_set(
+    call, small
+):
     for path in idx_files(small)[:2]:
         path.write_bytes(b"not to be read")
-    flags = ["--data-dir", small, "--epochs", 1]
+    flags = ["--data-dir", str(small), "--device", "cpu", "--epochs", "1"]
     assert call(*flags).returncode == 1
-    process = call(*flags, "--holdout", 100)
+    process = call(*flags, "--holdout", "100")
     assert process.returncode == 0, process.stderr
     assert "validation accuracy" in process.stdout
     assert "test" not in process.stdout
-
-
-def test_the_validation_set_is_the_end_of_the_training_set(data):
-    flags = ["--data-dir", str(data), "--device", "cpu", "--holdout", "100"]
-    args = mnist_cnn.parse_arguments(flags)
+    args = mnist_cnn.parse_arguments([*flags, "--holdout", "100"])
     train_set, validation_set = mnist_cnn.load_datasets(args)
-    images, labels = load_mnist(data, "train")
+    images, labels = load_mnist(small, "train")
     assert torch.equal(torch.cat([train_set[0], validation_set[0]]), images)
     assert torch.equal(validation_set[1], labels[-100:])

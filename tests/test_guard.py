@@ -65,7 +65,7 @@ def dataset(count):
 
 
 @pytest.mark.parametrize("steps", [3, 6])
-def test_an_epoch_mixes_no_devices_and_waits_only_at_its_end(started, steps):
+def test_an_epoch_and_its_test_mix_no_devices_and_wait_only_at_the_end(started, steps):
     args, (model, optimizer, scheduler) = started
     train_set = dataset(steps * args.batch_size - 1)  # the last batch is smaller
     sums = torch.zeros(2, device="cuda")
@@ -75,12 +75,7 @@ def test_an_epoch_mixes_no_devices_and_waits_only_at_its_end(started, steps):
         assert len(list(epoch)) == steps
     assert watch.waits == ["aten::_local_scalar_dense"] * 2
     assert (torch.bfloat16 in watch.dtypes) == (args.precision == "bf16")
-
-
-@pytest.mark.parametrize("tta", [False, True])
-def test_evaluation_and_prediction_mix_no_devices(started, tta):
-    args, (model, *_) = started
-    for count in (1001, 1):
+    for count, tta in ((1001, False), (1001, True), (1, True)):
         with Watch():
             mnist_cnn.test(model, dataset(count), args.precision, tta)
 

@@ -77,8 +77,7 @@ def test_the_spelt_out_recipes_set_the_same_flags():
 
 def test_the_flags_are_those_of_help(call):
     def flags(text):
-        """Each flag with its help, however the lines are broken."""
-        text = text[text.index("options:") :]
+        text = text[text.index("options:") :]  # its lines may be broken anywhere
         return [" ".join(part.split()) for part in re.split(r"\n  (?=-)", text)]
 
     assert flags(shown("options:")) == flags(call("--help").stdout)
@@ -105,5 +104,5 @@ def test_the_first_row_is_the_result_of_the_run(trained, data, monkeypatch, caps
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_trains_for_more_steps_than_an_epoch_has(variant, data):
     make, option = VARIANTS[variant]
-    training = make(Namespace(device="cpu", data_dir=data), option)
+    training = make(Namespace(device="cpu", data_dir=str(data)), option)
     assert len(list(itertools.islice(training, 7))) == 7  # an epoch has 5

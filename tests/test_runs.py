@@ -29,15 +29,11 @@ def names(folder):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """A copy of the finished run that a test may change."""
+    """A copy of the finished run, seed 6 of which was killed after its last epoch."""
     shutil.copytree(trained[0], tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def unfinish(seed_folder):
-    """Take a seed back to where it was after its last epoch, as a kill would."""
     for name in ("final.pt", "result.json", "report.png"):
-        (seed_folder / name).unlink()
+        (tmp_path / "copy" / "seed-6" / name).unlink()
+    return tmp_path / "copy"
 
 
 def test_a_run_leaves_its_files(trained):
@@ -113,9 +109,13 @@ def test_each_process_of_torchrun_has_a_gpu(call, monkeypatch):
 
 
 def test_a_diverged_seed_is_recorded_and_skipped(call, data, monkeypatch, tmp_path):
-    # Two epochs and the end of each of three seeds, but for the second's.
-    losses = iter([1, 1, 1, 1, math.nan, 1, 1, 1])
-    monkeypatch.setattr(mnist_cnn, "test", lambda *_: (next(losses), 90))
+    losses = iter([1, 1, 1, math.nan, 1, 1])  # of three seeds, two epochs each
+
+    def train_epoch(*_):
+        yield
+        return 0.1, next(losses), 90
+
+    monkeypatch.setattr(mnist_cnn, "train_epoch", train_epoch)
     flags = ["--data-dir", data, "--device", "cpu", "--epochs", 2, "--runs", 3]
     for process in (call(*flags, "--out", "run"), call("--resume", "run")):
         assert_one_line(process, 1, "1 of 3 diverged")
@@ -146,7 +146,6 @@ def test_a_run_killed_at_any_moment_ends_alike(call, trained, data, tmp_path, mo
 
 
 def test_resuming_trains_only_what_is_not_finished(trained, copy, call):
-    unfinish(copy / "seed-6")
     (copy / "seed-6" / "metrics.csv").unlink()  # the checkpoint is written before it
     shutil.rmtree(copy / "seed-7")
     (copy / "seed-6" / "metrics.csv.new").touch()  # of a killed process
@@ -246,11 +245,10 @@ def test_bad_weights_are_refused_with_the_script_that_fits(call, trained, bad_fi
 
 
 def test_bad_checkpoints_are_refused_by_name_and_left_alone(call, copy, bad_files):
-    unfinish(copy / "seed-5")
-    checkpoint = copy / "seed-5" / "checkpoint.pt"
+    checkpoint = copy / "seed-6" / "checkpoint.pt"
     for path in bad_files:
         checkpoint.write_bytes(path.read_bytes())
-        name = os.path.join("seed-5", "checkpoint.pt")
+        name = os.path.join("seed-6", "checkpoint.pt")
         assert_one_line(call("--resume", "copy"), 1, name, "delete")
         assert checkpoint.read_bytes() == path.read_bytes()
 
@@ -260,11 +258,14 @@ def test_bad_checkpoints_are_refused_by_name_and_left_alone(call, copy, bad_file
 )
 @pytest.mark.parametrize("job", ["--resume", "--compare"])
 @pytest.mark.parametrize("name", ["config.json", os.path.join("seed-5", "result.json")])
-def test_a_damaged_file_ends_with_one_line_and_no_table(call, copy, name, content, job):
-    (copy / name).write_text(content)
+def test_a_damaged_file_ends_with_one_line_and_no_table(
+    call, trained, tmp_path, name, content, job
+):
+    shutil.copytree(trained[0], tmp_path / "copy")
+    (tmp_path / "copy" / name).write_text(content)
     process = call(job, "copy")
     cure = "without it --resume trains" if "seed" in name else "cannot"
-    assert_one_line(process, 1, "copy" if cure == "cannot" else name, cure)
+    assert_one_line(process, 1, name if "seed" in name else "copy", cure)
     assert "accuracy" not in process.stdout
 
 
@@ -286,7 +287,6 @@ def test_a_full_disk_ends_a_run_with_a_good_checkpoint(train, call, data, tmp_pa
     "failure", [RuntimeError("no font"), SystemExit(3), OSError(28, "disk full")]
 )
 def test_whatever_drawing_does_is_a_warning(copy, call, monkeypatch, failure):
-    unfinish(copy / "seed-6")
     drawing = Mock(side_effect=failure)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", drawing)
     process = call("--resume", "copy")
