@@ -223,8 +223,10 @@ def real_mnist():
 def real_run(real_mnist, tmp_path_factory):
     """The folder of a model trained with the recipe quick on half of MNIST, once."""
     folder = tmp_path_factory.mktemp("real")
-    flags = ["--data-dir", real_mnist, "--recipe", "quick", "--epochs", 1]
-    flags += ["--holdout", 30_000, "--out", "run"]
+    images, labels = mnist_cnn.load_mnist(real_mnist, "train")
+    halves = (images[:30_000], labels[:30_000]), (images[-2000:], labels[-2000:])
+    flags = ["--data-dir", write_idx(folder, halves), "--out", "run"]
+    flags += ["--recipe", "quick", "--epochs", 1]
     process = run(*flags, cwd=folder, env={"OMP_NUM_THREADS": "2"})
     assert process.returncode == 0, process.stderr
     return folder / "run" / "seed-1"

@@ -59,8 +59,7 @@ def test_every_command_runs_and_the_shown_output_has_its_shape(call, data, photo
 
 
 def test_the_commands_of_the_table_are_valid():
-    pattern = r"^\| `python mnist_cnn.py(.*?)` \| (\d+) "
-    commands = re.findall(pattern, README, re.MULTILINE)
+    commands = re.findall(r"\n\| `python mnist_cnn.py(.*?)` \| (\d+) ", README)
     assert len(commands) == 4
     for flags, epochs in commands:
         assert mnist_cnn.parse_arguments(shlex.split(flags)).epochs == int(epochs)
