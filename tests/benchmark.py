@@ -1,8 +1,8 @@
 """Time the usual MNIST loop against mnist_cnn.py, in one run: python tests/benchmark.py
 
-Each variant lives in a process of its own. They take turns, a block of steps each, so that
-a machine whose speed drifts slows them all alike; the table gives the median block.
-Needs the real MNIST in --data-dir. It is no test: nothing passes or fails here.
+Each variant lives in a process of its own. They take turns, a block of steps each, so
+that a machine whose speed drifts slows them all alike; the median block counts. Needs
+the real MNIST in --data-dir. It is no test: nothing passes or fails here.
 """
 
 import argparse

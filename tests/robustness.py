@@ -1,7 +1,6 @@
-"""Test saved models on rotated and shifted test images: python tests/robustness.py RUN...
+"""Test models on rotated and shifted test images: python tests/robustness.py RUN...
 
-RUN is the folder that `mnist_cnn.py --runs N` left. The table gives the mean accuracy of
-its models in % and the 95 % confidence interval. It is no test: nothing passes or fails.
+RUN is the folder that `mnist_cnn.py --runs N` left. Mean accuracy in %, 95 % interval.
 """
 
 import argparse

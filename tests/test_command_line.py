@@ -50,9 +50,8 @@ def test_a_terminal_has_a_bar_with_loss_and_accuracy_that_ctrl_c_erases(data, tm
     controller, terminal = os.openpty()
 
     def resize(columns):
-        subprocess.run(
-            ["stty", "rows", "24", "cols", columns], stdin=terminal, check=True
-        )
+        command = ["stty", "rows", "24", "cols", columns]
+        subprocess.run(command, stdin=terminal, check=True)
 
     def bars():
         lines = shown.decode(errors="ignore").split("\r")[:-1]

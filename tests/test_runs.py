@@ -182,7 +182,7 @@ def test_other_data_or_script_is_refused(copy, call, data, tmp_path, monkeypatch
 def test_a_resumed_run_has_as_many_threads_or_warns(train, call, tmp_path, request):
     request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(2)
-    seed_folder = train("--epochs", 2)
+    seed_folder = train("--epochs", 1)
     torch.set_num_threads(1)
     seed_folder.rename(tmp_path / "whole")
     folder = seed_folder.parent
@@ -240,16 +240,16 @@ def test_bad_weights_are_refused_with_the_script_that_fits(call, trained, bad_fi
     for path in [*bad_files, folder / "checkpoint.pt", folder / "missing.pt"]:
         for job in ([], ["--predict", "picture.png"]):
             assert_one_line(call("--evaluate", path, *job), 1, path, "final.pt")
-    process = call("--evaluate", folder / "final.pt", "--width", 2)
-    assert_one_line(process, 1, "--width", trained[0] / "mnist_cnn.py", "size mismatch")
+    weights, script = folder / "final.pt", trained[0] / "mnist_cnn.py"
+    process = call("--evaluate", weights, "--width", 2)
+    assert_one_line(process, 1, weights, "--width", script, "size mismatch")
 
 
 def test_bad_checkpoints_are_refused_by_name_and_left_alone(call, copy, bad_files):
     checkpoint = copy / "seed-6" / "checkpoint.pt"
     for path in bad_files:
         checkpoint.write_bytes(path.read_bytes())
-        name = os.path.join("seed-6", "checkpoint.pt")
-        assert_one_line(call("--resume", "copy"), 1, name, "delete")
+        assert_one_line(call("--resume", copy), 1, checkpoint, "delete")
         assert checkpoint.read_bytes() == path.read_bytes()
 
 
@@ -287,8 +287,8 @@ def test_a_full_disk_ends_a_run_with_a_good_checkpoint(train, call, data, tmp_pa
     "failure", [RuntimeError("no font"), SystemExit(3), OSError(28, "disk full")]
 )
 def test_whatever_drawing_does_is_a_warning(copy, call, monkeypatch, failure):
-    drawing = Mock(side_effect=failure)
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", drawing)
+    savefig = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(savefig, Mock(side_effect=failure))
     process = call("--resume", "copy")
     assert process.returncode == 0
     assert process.stderr.startswith("mnist_cnn.py: warning: no report.png: ")
