@@ -59,7 +59,7 @@ def this_script(args, precision):
     train_set, _ = mnist_cnn.load_datasets(flags)
     model, optimizer, scheduler = mnist_cnn.make_training(flags, 1, 60_000)
     sums = torch.zeros(2, device=args.device)
-    step = mnist_cnn.make_step(model, optimizer, precision, sums)
+    step = mnist_cnn.make_step(model, optimizer, flags, sums)
     if sums.is_cuda:
         step = mnist_cnn.use_cuda_graph(step, optimizer, eager=False)
     while True:

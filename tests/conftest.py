@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def digits(count, seed):
     torch.manual_seed(seed)
     labels = torch.randint(10, (count,))
     images = torch.tensor(np.array(picture)).view(10, 1, 28, 28)[labels]
-    return mnist_cnn.augment(images, 30, 0).byte(), labels
+    return mnist_cnn.augment(images, Namespace(rotation=30, shift=0)).byte(), labels
 
 
 @pytest.fixture(scope="session")

@@ -37,12 +37,14 @@ def test_a_run_needs_no_torchsummary_and_no_temporary_folder(call, data, monkeyp
     assert "Conv2d" not in process.stdout
 
 
-@pytest.mark.parametrize("job", ["--compare", "--evaluate"])
-def test_only_the_first_torchrun_process_compares_and_evaluates(call, monkeypatch, job):
-    monkeypatch.setattr("mnist_cnn.TORCHRUN", True)
-    for rank, status in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        assert call(job, "x").returncode == status
+def test_only_the_first_process_of_torchrun_prints(call, trained, data, monkeypatch):
+    evaluate = ["--evaluate", trained[0] / "seed-5" / "final.pt", "--data-dir", data]
+    for rank, job in itertools.product((0, 1), (["--compare", trained[0]], evaluate)):
+        monkeypatch.setattr("mnist_cnn.RANK", rank)
+        monkeypatch.setattr(sys, "stdout", sys.stdout)  # to restore it in the end
+        process = call(*job)
+        assert process.returncode == 0
+        assert bool(process.stdout) == (rank == 0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -93,7 +95,8 @@ def test_an_explicit_flag_overrides_the_recipe(train, flags):
     [
         ("--epochs", "0 -1 10000", "[1, 10000)"),
         ("--batch-size --runs", "0 -128 100000", "[1, 100000)"),
-        ("--seed --holdout", "-1 100000", "[0, 100000)"),
+        ("--seed", "-1 100000", "[0, 100000)"),
+        ("--holdout", "-1 60000", "[0, 60000)"),
         ("--width", "0 100", "[1, 100)"),
         ("--lr --weight-decay", "-1e-09 nan inf", "[0, inf)"),
         ("--momentum --dropout --pct-start", "1.0 -0.1 nan", "[0, 1)"),

@@ -96,7 +96,7 @@ def test_one_training_step_agrees_with_the_cpu():
         flags = ["--dropout", "0", "--div-factor", "1", "--device", device]
         args = parse_arguments(flags)
         model, optimizer, _ = make_training(args, seed=1, total_steps=9)
-        step = make_step(model, optimizer, "fp32", torch.zeros(2, device=device))
+        step = make_step(model, optimizer, args, torch.zeros(2, device=device))
         step(inputs.to(device), labels.to(device))
         stepped.append([p.detach().cpu() for p in model.parameters()])
     for cpu, cuda in zip(*stepped, strict=True):

@@ -3,6 +3,7 @@
 import gzip
 import os
 import threading
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def test_images_are_shifted_and_rotated_as_by_torchvision(datasets, rotation, sh
     degrees = torch.empty(200).uniform_(-rotation, rotation).tolist()
     shifts = torch.empty(200, 2).uniform_(-shift, shift).tolist()
     torch.manual_seed(0)
-    mine = augment(images, rotation, shift)
+    mine = augment(images, Namespace(rotation=rotation, shift=shift))
     expected = [changed(x, y, *z) for x, y, z in zip(images, degrees, shifts)]
     torch.testing.assert_close(mine, torch.stack(expected), atol=0.3, rtol=0)
 

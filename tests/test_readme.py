@@ -30,7 +30,6 @@ def shape(line):
     line = re.sub(r"(runs/[\d-]{17})-[0-9a-f]{6}", r"\1", line)
     line = re.sub(r"[-+]?\d[\d.,e-]*", "0", line)
     line = re.sub(r"(0 ± 0  )?(better|worse|no difference|cannot tell)", "word", line)
-    line = re.sub(r", or 0 \(0 %\)$", "", line)
     return re.sub(r" +", " ", line)
 
 

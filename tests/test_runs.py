@@ -102,6 +102,7 @@ def test_torchrun_shares_the_seeds_and_prints_one_table(trained, data, tmp_path)
 
 
 def test_each_process_of_torchrun_has_a_gpu(call, monkeypatch):
+    monkeypatch.setattr("mnist_cnn.TORCHRUN", True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     monkeypatch.setattr("torch.accelerator.set_device_index", print)
