@@ -9,22 +9,25 @@ from conftest import SCRIPT, assert_same_run, metrics, result
 
 import mnist_cnn
 
-NETWORK = """class Net(nn.Module):
+NET = """class Net(nn.Module):
     def __init__(self, width=1, dropout=0.05):
         super().__init__()
-        c = 8 * width
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, 20, 5, bias=False), nn.BatchNorm2d(20), nn.ReLU(),
-            nn.MaxPool2d(2), nn.Conv2d(20, c, 3, bias=False), nn.GroupNorm(2, c),
-            nn.ReLU(), nn.MaxPool2d(2), Dropout(dropout), nn.Flatten(),
-            nn.Linear(25 * c, 10), nn.LogSoftmax(dim=1),
-        )
+        self.layers = nn.Sequential({}, nn.LogSoftmax(dim=1))
 
     def forward(self, x):
         return self.layers(x)
 
 
 def make_model"""
+NETWORKS = {
+    "no bias": """nn.Conv2d(1, 8 * width, 5, bias=False), nn.BatchNorm2d(8 * width),
+        nn.ReLU(), Dropout(dropout), nn.Conv2d(8 * width, 10, 3, bias=False),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten()""",
+    "GroupNorm and a Linear": """nn.Conv2d(1, 8 * width, 5), nn.MaxPool2d(4), nn.ReLU(),
+        nn.GroupNorm(2, 8 * width), nn.Flatten(), nn.Linear(288 * width, 10)""",
+    "20 channels in the first layer": """nn.Conv2d(1, 20 * width, 3), nn.MaxPool2d(2),
+        nn.ReLU(), nn.Conv2d(20 * width, 10, 13), nn.Flatten()""",
+}
 
 
 @pytest.fixture
@@ -43,10 +46,11 @@ def changed(tmp_path, monkeypatch, call):
 
 
 @pytest.mark.parametrize("flags", [[], ["--width", 2, "--precision", "bf16", "--tta"]])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_any_network_trains_resumes_is_evaluated_and_predicts(
-    changed, call, train, stopped, data, photo, flags
+    changed, call, train, stopped, data, photo, name, flags
 ):
-    changed(r"class Net\(.*?def make_model", NETWORK)
+    changed(r"class Net\(.*?def make_model", NET.format(NETWORKS[name]))
     folder = train("--epochs", 2, *flags)
     evaluate = ["--evaluate", folder / "final.pt", *flags]
     process = call(*evaluate, "--data-dir", data)

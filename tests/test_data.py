@@ -1,6 +1,7 @@
 """The data: rotation against torchvision, each image once an epoch, IDX files."""
 
 import gzip
+import math
 import os
 import threading
 from argparse import Namespace
@@ -10,10 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_one_line, write_idx
-from robustness import changed
+from torchvision.transforms import InterpolationMode, functional
 
 import mnist_cnn
 from mnist_cnn import augment, load_mnist, normalise
+
+
+def changed(image, degrees, right, down):
+    """Return an image shifted and then rotated, counter-clockwise."""
+    # torchvision rotates first (and clockwise), so the shift rotates with the image.
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    shift = [right * cosine + down * sine, down * cosine - right * sine]
+    bilinear = InterpolationMode.BILINEAR
+    return functional.affine(image.float(), -degrees, shift, 1.0, [0.0], bilinear)
 
 
 @pytest.mark.parametrize(("rotation", "shift"), [(180, 5), (30, 0), (0, 3)])

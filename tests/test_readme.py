@@ -3,14 +3,11 @@
 import itertools
 import re
 import shlex
-import statistics
-import sys
 from argparse import Namespace
 
 import pytest
-import robustness
 from benchmark import VARIANTS
-from conftest import SCRIPT, result
+from conftest import SCRIPT
 
 import mnist_cnn
 
@@ -87,16 +84,6 @@ def test_links_lead_to_files_and_headings():
     anchors = {f"#{re.sub('[^a-z -]', '', x).replace(' ', '-')}" for x in headings}
     for target in {*targets} - anchors:
         assert target.startswith("https://") or (SCRIPT.parent / target).exists()
-
-
-def test_the_first_row_is_the_result_of_the_run(trained, data, monkeypatch, capsys):
-    command = ["robustness.py", str(trained[0]), "--data-dir", str(data)]
-    monkeypatch.setattr(sys, "argv", command)
-    robustness.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(robustness.CHANGES)
-    values = [result(seed)["eval_accuracy"] for seed in trained[0].glob("seed-*")]
-    assert lines[2].startswith(f"| as they are | {statistics.mean(values):.2f} ± ")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
