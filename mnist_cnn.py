@@ -209,7 +209,7 @@ def set_up_torch(args):
     """Set what holds for the whole process."""
     torch.backends.cudnn.deterministic = True  # the seed fixes the weights
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    if args.resume:  # sums over another number of threads round differently
+    if args.resume:  # another number of threads rounds differently
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 10**9
         if args.threads > cores:
             warn(f"{cores} threads, not {args.threads}: bits may differ")
@@ -235,7 +235,7 @@ def make_training(args, seed, total_steps):
         optimizer,
         args.lr,
         total_steps,
-        # OneCycleLR would divide by zero for a warm-up of one step: none then.
+        # A warm-up of one step would divide by zero: none then.
         pct_start=args.pct_start if args.pct_start * total_steps != 1 else 0.0,
         div_factor=args.div_factor,
         final_div_factor=args.final_div_factor,
@@ -265,7 +265,7 @@ def use_cuda_graph(step, optimizer, eager):
     """Return a step that replays a CUDA graph: 1.4 ms, not 3 (H100).
 
     Batch and learning rates are fed to it. What else Python decides in the model, the
-    loss and the optimizer is frozen, unless eager. A smaller last batch is not in it.
+    loss and the optimizer is frozen, unless eager.
     """
     groups, graph = optimizer.param_groups, torch.cuda.CUDAGraph()
     lr_tensors = [torch.zeros((), device=x["params"][0].device) for x in groups]
@@ -370,6 +370,7 @@ def train_seed(args, seed, train_set, eval_set, run_folder):
                 if getattr(value, "shape", None) == weights.shape:
                     state[name] = torch.empty_like(weights).copy_(value)
         save(folder / "metrics.csv", history)  # a stop may precede it
+
     sums = torch.zeros(2, device=args.device)
     step = make_step(model, optimizer, args, sums)
     if sums.is_cuda:
@@ -383,8 +384,8 @@ def train_seed(args, seed, train_set, eval_set, run_folder):
         values = seed, epoch, *trained, *tested, time.perf_counter() - start
         row = dict(zip(COLUMNS, values, strict=True))
         history.append(row)
-        if not math.isfinite(row["train_loss"] + row["eval_loss"]):
-            print(f"Seed {seed} diverged: no finite loss in epoch {epoch}")
+        if not (math.isfinite(row["train_loss"]) and 0 <= row["eval_loss"] < math.inf):
+            print(f"Seed {seed} diverged: high --lr, or no log-probabilities")
             save(folder / "result.json", {"diverged_in_epoch": epoch})
             return
         save(checkpoint, ([item.state_dict() for item in stateful], history))
@@ -403,18 +404,16 @@ def train_side_by_side(trainings, device):
     """Run trainings on a GPU, ten at a time: in a third of the time."""
     torch.cuda.set_device(device)
     cuda = torch.cuda.default_generators[device.index]
-    # Each has its own stream and states of the random generators.
-    cpu = torch.get_rng_state()
-    active = [[x, torch.cuda.Stream(), cuda.clone_state(), cpu] for x in trainings]
+    # Each has a stream and a state of the random generator.
+    active = [[x, torch.cuda.Stream(), cuda.clone_state()] for x in trainings]
     while active:
         for entry in active[:10]:  # a copy: the next moves up
-            training, stream, cuda_state, cpu_state = entry
-            cuda.graphsafe_set_state(cuda_state)
-            torch.set_rng_state(cpu_state)
+            training, stream, state = entry
+            cuda.graphsafe_set_state(state)
             with torch.cuda.stream(stream):
                 if next(training, "finished") == "finished":
                     active.remove(entry)
-            entry[2:] = cuda.graphsafe_get_state(), torch.get_rng_state()
+            entry[2] = cuda.graphsafe_get_state()
 
 
 # ---- Files, picture, statistics ----
@@ -486,12 +485,12 @@ def difference(first, second, level):
 # ---- Jobs: train, evaluate, predict, compare ----
 @contextmanager
 def open_folder(args, datasets):
-    """Make the folder of a run, or check that of a resumed one, and lock it."""
+    """Make the folder of a run, or check a resumed one's, and lock it."""
     name = time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.urandom(3).hex()}")
     folder = Path(args.resume or args.out or name)
     data = zlib.crc32(b"".join(x.cpu().numpy() for pair in datasets for x in pair))
-    config = vars(args) | {"data_dir": os.path.abspath(args.data_dir), "data": data}
-    config |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    config = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    config |= vars(args) | {"data_dir": os.path.abspath(args.data_dir), "data": data}
     script = folder / "mnist_cnn.py"
     if args.resume:
         if script.read_bytes() != SOURCE:
@@ -506,6 +505,7 @@ def open_folder(args, datasets):
         save(new / script.name, SOURCE)
         save(new / "config.json", config)
         new.replace(folder)
+
     with open(script, "r+b") as file:
         with suppress(ImportError, OSError):  # Windows, some network disks
             import fcntl
@@ -543,7 +543,7 @@ def train(args):
             train_side_by_side(trainings, datasets[0][0].device)
         else:
             for training in trainings:
-                list(training)  # runs the generator to its end
+                list(training)  # runs it to its end
         if TORCHRUN:
             distributed.barrier()
             distributed.destroy_process_group()
@@ -573,7 +573,7 @@ def read_picture(path):
     """Return a drawn or photographed digit as in MNIST: (1, 1, 28, 28) uint8."""
     from scipy import ndimage  # takes a while
 
-    with exit_on_error(f"{path}: cannot open (if it exists, save as JPEG or PNG)"):
+    with exit_on_error(f"{path}: cannot open (save it as JPEG or PNG?)"):
         image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 12 or 16 bits, or floats
         image = Image.fromarray(np.interp(image, np.quantile(image, (0, 1)), (0, 255)))
@@ -638,18 +638,20 @@ def read_run(folder):
 
 
 def compare(folders):
-    """Print each run's mean accuracy and its difference from the first one's."""
+    """Print each run's mean accuracy, compared with the first one's."""
     runs = [(folder, *read_run(folder)) for folder in folders]
     complain = warn if any(run[2] for run in runs) else fail
     for folder, _, accuracies, note in runs:
         if not accuracies:
-            complain(f"{folder} has no result: {note} (try, for example, a lower --lr)")
+            complain(f"{folder} has no result: {note}")
     runs = [run for run in runs if run[2]]
     configs, first = [run[1] for run in runs], runs[0][2]
+    script = Path(runs[0][0], "mnist_cnn.py").read_bytes()
     if len({config.get("data") for config in configs}) > 1:
         fail("cannot compare: not the same data and --holdout")
-    names = [x for x in configs[0] | configs[-1] if x not in UNCOMPARED]
-    names = [x for x in names if len({config.get(x) for config in configs}) > 1]
+    names = sorted({x for config in configs for x in config} - UNCOMPARED)
+    names = [x for x in names if len({str(config.get(x)) for config in configs}) > 1]
+
     level = 1 - 0.05 / max(1, len(runs) - 1)  # Bonferroni's correction
     kind = "validation" if configs[0].get("holdout") else "test"
     table = [["run", "n", f"{kind} accuracy, % (95 % CI)", "", ""]]
@@ -657,11 +659,14 @@ def compare(folders):
         table[0][3:] = f"difference from the first ({100 * level:.4g} % CI)", "settings"
     for folder, config, accuracies, note in runs:
         words = "" if accuracies is first else difference(first, accuracies, level)
+        if Path(folder, "mnist_cnn.py").read_bytes() != script:
+            note = f"another mnist_cnn.py  {note}"
         flags = [f"--{x.replace('_', '-')} {config.get(x)}" for x in names]
         flags = [x for x in flags if not x.endswith((" None", " False"))]
         note = "  ".join([*(x.removesuffix(" True") for x in flags), note])
         row = folder, str(len(accuracies)), interval(accuracies), words
         table.append([*row, note])
+
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
@@ -687,7 +692,7 @@ NUMBERS = {  # default, lowest, below, help
 }
 BEST = {"lr": 0.2, "weight_decay": 5e-4, "dropout": 0.0, "rotation": 10.0, "shift": 1.5}
 QUICK = BEST | {"epochs": 6, "batch_size": 64, "lr": 0.15, "rotation": 5, "shift": 0.5}
-UNCOMPARED = "recipe", "runs", "out", "resume", "data_dir", "threads", "torch"
+UNCOMPARED = {"recipe", "runs", "out", "resume", "data_dir", "threads", "torch"}
 RECIPES = {"reference": {}, "best": BEST, "quick": QUICK}  # what they change
 # The jobs other than training, in order, and the flags that go with them.
 JOBS = {
@@ -699,7 +704,7 @@ JOBS = {
 
 
 def make_parser():
-    """Return the parser of the command line."""
+    """Return the command line's parser."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (see --help)", 2)
     add = parser.add_argument
@@ -772,7 +777,7 @@ if __name__ == "__main__":
     with suppress(AttributeError):  # in a notebook
         # Lines go through pipes at once; the encoding may lack ±.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    notebook = hasattr(sys, "ps1")  # %run goes on after the script
+    notebook = hasattr(sys, "ps1")  # %run goes on
     if not notebook:
         os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here
     try:

@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 import torch
-from conftest import SCRIPT, assert_same_run, metrics, result
+from conftest import SCRIPT, assert_one_line, assert_same_run, metrics, result
 
 import mnist_cnn
 
@@ -60,6 +60,13 @@ def test_any_network_trains_resumes_is_evaluated_and_predicts(
     cut = stopped("metrics.csv", "--epochs", 2, *flags)
     assert call("--resume", cut.parent).returncode == 0
     assert_same_run(cut, folder)
+
+
+def test_a_network_without_log_probabilities_is_named(changed, call, data):
+    changed(r", dim=1\)(?=\n\n\ndef make_model)", ", dim=1).exp() * 9")
+    process = call("--data-dir", data, "--epochs", 2)
+    assert_one_line(process, 1, "1 of 1 diverged")
+    assert "no log-probabilities" in process.stdout
 
 
 def test_another_schedule_takes_effect(changed, train):

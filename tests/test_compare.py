@@ -29,6 +29,7 @@ def compare(call, tmp_path):
                 (folder / "result.json").write_text(json.dumps({"accuracy": accuracy}))
             config = {"runs": len(accuracies), "data": 5} | config
             (tmp_path / name / "config.json").write_text(json.dumps(config))
+            (tmp_path / name / "mnist_cnn.py").write_text(config.get("script", ""))
         return call("--compare", *names)
 
     return compare_runs
@@ -95,9 +96,19 @@ def test_each_run_has_a_row_whose_columns_hold_for_every_accuracy(compare):
 def test_a_row_names_the_settings_that_are_not_the_same_in_all_runs(compare):
     first = {"epochs": 2, "weight_decay": 0.0, "tta": False, "out": "run-1"}
     second = {"epochs": 2, "weight_decay": 5e-4, "tta": True, "out": None}
-    table = rows(compare([99.0, 99.1], [99.1], settings=[first, second]))
-    assert table[0][4] == "--weight-decay 0.0"
-    assert table[1][4] == "--weight-decay 0.0005  --tta"
+    third = first | {"yours": [1, 2], "out": "run-3"}
+    table = rows(compare([99.0], [99.1], [99.2], settings=[first, second, third]))
+    assert [row[4] for row in table] == [
+        "--weight-decay 0.0",
+        "--tta  --weight-decay 0.0005",
+        "--weight-decay 0.0  --yours [1, 2]",
+    ]
+
+
+def test_a_row_says_that_a_run_is_of_another_script(compare):
+    settings = [{"script": "# mine"}, {"script": "# mine"}, {"script": "# yours"}]
+    table = rows(compare([99.0], [99.1], [99.2], settings=settings))
+    assert ["another mnist_cnn.py" in row[4] for row in table] == [False, False, True]
 
 
 def test_results_on_other_images_are_not_compared(compare):

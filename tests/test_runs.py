@@ -128,7 +128,8 @@ def test_a_diverged_seed_is_recorded_and_skipped(call, data, monkeypatch, tmp_pa
 def test_seeds_that_diverge_are_recorded_with_what_to_try(call, data, tmp_path):
     flags = ["--data-dir", data, "--lr", 1e9, "--epochs", 3, "--runs", 2]
     process = call(*flags, "--out", "run")
-    assert_one_line(process, 1, "diverged", "for example, a lower --lr")
+    assert_one_line(process, 1, "run has no result: 2 of 2 diverged")
+    assert "Seed 2 diverged: high --lr" in process.stdout
     for seed in ("seed-1", "seed-2"):
         assert result(tmp_path / "run" / seed) == {"diverged_in_epoch": 1}
 
