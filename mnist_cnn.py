@@ -308,13 +308,14 @@ def train_epoch(step, scheduler, train_set, sums, args):
     sums.zero_()  # of loss and correct, on the device: no step waits for it
     batches = torch.randperm(len(labels), device=sums.device).split(args.batch_size)
     # No bar on a GPU (an epoch takes a second), nor (None) without a terminal.
-    options = {
-        "disable": sums.is_cuda or not sys.stdout or None,
-        "file": sys.stdout,
-    }
-    options |= {"leave": False, "dynamic_ncols": True}
-    options["bar_format"] = "{l_bar}{bar:-4}{r_bar}"  # leaves room for ^C
-    with tqdm(total=len(batches), **options) as bar:
+    with tqdm(
+        total=len(batches),
+        disable=sums.is_cuda or not sys.stdout or None,
+        file=sys.stdout,
+        leave=False,
+        dynamic_ncols=True,
+        bar_format="{l_bar}{bar:-4}{r_bar}",  # leaves room for ^C
+    ) as bar:
         for index in batches:
             inputs = normalise(augment(images[index], args))
             step(inputs, labels[index])
@@ -330,7 +331,7 @@ def train_epoch(step, scheduler, train_set, sums, args):
 
 
 @torch.no_grad()
-def predict(model, images, precision="fp32", tta=False):
+def predict(model, images, precision, tta=False):
     """Return log-probabilities (N, 10) for uint8 images (N, 1, 28, 28)."""
     model.eval()
     if tta:  # test-time augmentation: nine shifts
@@ -666,7 +667,6 @@ def compare(folders):
         note = "  ".join([*(x.removesuffix(" True") for x in flags), note])
         row = folder, str(len(accuracies)), interval(accuracies), words
         table.append([*row, note])
-
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         print("  ".join(map(str.ljust, row, widths)).rstrip())

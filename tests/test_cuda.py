@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from mnist_cnn import Net, make_model, make_step, make_training, parse_arguments
 
+pytestmark = pytest.mark.cuda
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
 
